@@ -1,0 +1,1 @@
+"""Signals to and from features or tokens: log-mel, resampling, audio files."""

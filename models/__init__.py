@@ -1,0 +1,1 @@
+"""Networks on features and tokens as streaming steps, and their checkpoints."""

@@ -1,0 +1,1 @@
+"""Cache-aware streaming FastConformer: encoder, CTC and RNN-T heads, checkpoint readers."""
