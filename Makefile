@@ -1,0 +1,39 @@
+# `make demo` and `make test` each work alone on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-$(EXTRAS): $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: $(VENV)/.installed  ## caption a bundled clip of human speech, live
+	$(BIN)/antiphon transcribe --realtime apps/samples/two_cities.flac
+
+test: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/site --upgrade .
+	cd build && MYPYPATH=site ../$(BIN)/mypy --config-file ../pyproject.toml -p antiphon
+
+bench: $(VENV)/.installed-$(EXTRAS)
+	$(BIN)/antiphon bench runtime
+	$(BIN)/antiphon bench asr
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
