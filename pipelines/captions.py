@@ -1,0 +1,138 @@
+"""From a recogniser's tokens to captions: words with times, partial and final events.
+
+Greedy RNN-T and CTC never retract a token, so a caption only grows: every word but the last is settled as soon as the
+next one starts. A caption becomes final after ``endpoint`` seconds without a token (sherpa-onnx's trailing-silence
+rule), at an end-of-utterance token, or at ``longest`` seconds, where it is cut before its last word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word and when its first and last tokens were heard, in seconds of media (token emission, frames of 80 ms)."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What was said so far in one stretch of speech. ``at``: seconds of media consumed when this was known."""
+
+    words: tuple[Word, ...]
+    at: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(word.text for word in self.words)
+
+    @property
+    def start(self) -> float:
+        return self.words[0].start if self.words else self.at
+
+    @property
+    def end(self) -> float:
+        return self.words[-1].end if self.words else self.at
+
+
+@dataclass(frozen=True, slots=True)
+class Partial(Caption):
+    """A caption that may still grow; each one repeats the words of the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Final(Caption):
+    """A caption that will not change; the next one starts empty."""
+
+
+class Vocabulary(Protocol):
+    """What captions need of a tokenizer."""
+
+    def starts_word(self, token: int) -> bool: ...
+
+    def is_special(self, token: int) -> bool:
+        """A token that is no text: a language tag, <EOU>, <EOB>."""
+        ...
+
+    def ends_utterance(self, token: int) -> bool: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+class Captioner:
+    """Builds one session's captions.
+
+    endpoint: seconds without a token after which a caption is final. longest: seconds after which it is cut.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, frame: float = 0.08, endpoint: float = 1.0, longest: float = 20.0
+    ) -> None:
+        if endpoint <= 0 or longest <= 0:
+            raise ValueError(f"endpoint and longest must be positive seconds, got {endpoint} and {longest}")
+        self._vocabulary = vocabulary
+        self._frame, self._endpoint, self._longest = frame, endpoint, longest
+        self._words: list[Word] = []
+        self._pieces: list[int] = []
+        self._first = self._last = 0
+
+    def add(self, tokens: Iterable[tuple[int, int]], frames: int, at: float) -> Iterator[Caption]:
+        """Take the tokens ``(id, frame)`` of one step and yield what they change.
+
+        frames: encoder frames seen so far, these included. at: seconds of media consumed so far.
+        """
+        changed = False
+        for token, frame in tokens:
+            if self._vocabulary.ends_utterance(token):
+                yield from self.finish(at)
+                changed = False
+            elif not self._vocabulary.is_special(token):
+                yield from self._settle(frame, at)
+                if self._vocabulary.starts_word(token) or not self._pieces:
+                    self._close_word()
+                    self._first = frame
+                self._pieces.append(token)
+                self._last = frame
+                changed = True
+        if self._open and (frames - 1 - self._last) * self._frame >= self._endpoint:
+            yield from self.finish(at)
+        elif changed:
+            yield Partial(self._so_far(), at)
+
+    def finish(self, at: float) -> Iterator[Final]:
+        """The speech has ended: what is open becomes final."""
+        self._close_word()
+        if self._words:
+            yield Final(tuple(self._words), at)
+            self._words = []
+
+    @property
+    def _open(self) -> bool:
+        return bool(self._words or self._pieces)
+
+    def _settle(self, frame: int, at: float) -> Iterator[Final]:
+        """Before a token at ``frame``: end the caption if a long pause lies between, or if it has grown too long."""
+        if self._open and (frame - self._last) * self._frame >= self._endpoint:
+            yield from self.finish(at)
+        elif self._words and frame * self._frame - self._words[0].start >= self._longest:
+            yield Final(tuple(self._words), at)
+            self._words = []
+
+    def _so_far(self) -> tuple[Word, ...]:
+        return (*self._words, *self._open_word())
+
+    def _open_word(self) -> tuple[Word, ...]:
+        text = self._vocabulary.decode(self._pieces).strip() if self._pieces else ""
+        if not text:
+            return ()
+        return (Word(text, round(self._first * self._frame, 3), round((self._last + 1) * self._frame, 3)),)
+
+    def _close_word(self) -> None:
+        self._words.extend(self._open_word())
+        self._pieces = []

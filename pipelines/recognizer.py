@@ -1,0 +1,155 @@
+"""A streaming recogniser as one step: PCM in, tokens out.
+
+Log-mel, FastConformer and greedy decoding run in one ``step``, so the engine captures them in one CUDA graph and only
+samples go in and token ids come out. The variant is the lookahead in encoder frames of 80 ms.
+
+A session's samples travel in blocks of ``1280 * (lookahead + 1)``. Block 0 starts at sample -1080 (those samples do not
+exist and are zeros), so that each block ends with the last sample that its encoder frames need and no later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..codecs.mel import LogMel
+from ..models.conformer.model import ConformerASR
+from ..models.streaming import Specs, State, StreamingModel, TensorSpec
+
+SAMPLE_RATE = 16_000
+FRAME_SAMPLES = 1280  # one encoder frame: 8 mel frames of 10 ms
+LEAD = 1080  # zeros before sample 0: 7 mel frames that do not exist, less the window's half that looks ahead
+UNKNOWN_END = 1 << 40
+
+
+class Recognizer(StreamingModel):
+    """Log-mel, encoder and a greedy decoder over slots.
+
+    decoder: "rnnt" or "ctc"; by default the checkpoint's transducer where it has one.
+    Raises ValueError where the checkpoint lacks the decoder asked for.
+    """
+
+    def __init__(self, asr: ConformerASR, decoder: str | None = None, max_symbols: int = 10) -> None:
+        super().__init__()
+        heads = {"rnnt": asr.transducer, "ctc": asr.ctc}
+        name = decoder or ("rnnt" if asr.transducer is not None else "ctc")
+        head = heads.get(name)
+        if head is None:
+            have = ", ".join(key for key, value in heads.items() if value is not None)
+            raise ValueError(f"this checkpoint has no {name!r} decoder; it has: {have}")
+        self.asr = asr
+        self.head = head
+        self.mel = LogMel(asr.mel)
+        self.max_symbols = max_symbols
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        return self.asr.lookaheads
+
+    def tick(self, variant: Hashable) -> float:
+        return (_lookahead(variant) + 1) * FRAME_SAMPLES / SAMPLE_RATE
+
+    def state_spec(self) -> Specs:
+        parts = (self.mel.state_spec(), self.asr.encoder.state_spec(), self.head.state_spec())
+        spec = {name: tensor for part in parts for name, tensor in part.items()}
+        if len(spec) != sum(map(len, parts)):
+            raise ValueError("two parts of the recogniser name the same state tensor")
+        return spec
+
+    def input_spec(self, variant: Hashable) -> Specs:
+        samples = (_lookahead(variant) + 1) * FRAME_SAMPLES
+        spec = {
+            "pcm": TensorSpec((samples,)),
+            "end": TensorSpec((), torch.int64, UNKNOWN_END),
+        }
+        if self.asr.prompt is not None:
+            spec["language"] = TensorSpec((), torch.int64, self.asr.prompt.default)
+        return spec
+
+    def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """inputs: ``pcm [B, 1280 (R + 1)]`` float32, ``end [B]`` total samples (2**40 while unknown), and for models
+        with a language prompt ``language [B]``.
+
+        Returns ``tokens [B, N]`` (-1 padded), ``times [B, N]`` (frame in the chunk), ``count [B]``, ``frames [B]``
+        (encoder frames that exist: fewer than R + 1 only at an utterance's end).
+        """
+        mel, mel_end = self.mel.step(inputs["pcm"], inputs["end"], state, slots, active)
+        frames, valid = self.asr.encoder.step(mel.to(self.asr.dtype), mel_end, state, slots, active)
+        if self.asr.prompt is not None:
+            frames = self.asr.prompt(frames, inputs["language"])
+        tokens, times, count = self.head.decode(frames, valid, state, slots, active, self.max_symbols)
+        return {"tokens": tokens, "times": times, "count": count, "frames": valid.sum(1)}
+
+
+def _lookahead(variant: Hashable) -> int:
+    if not isinstance(variant, int):
+        raise TypeError(f"a recogniser's variant is its lookahead in frames, got {variant!r}")
+    return variant
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One step's samples, the utterance's length where it is known, and the samples heard by its end."""
+
+    pcm: NDArray[np.float32]
+    end: int
+    heard: int
+
+
+class Blocks:
+    """Cuts a session's samples into a recogniser's blocks; holds less than a block between calls.
+
+    ``lookahead`` may be changed between blocks.
+    """
+
+    def __init__(self, lookahead: int) -> None:
+        self.lookahead = lookahead
+        self.samples = 0
+        self._sent_frames = 0
+        self._pending = [np.zeros(LEAD, np.float32)]
+        self._size = LEAD
+
+    def push(self, pcm: NDArray[np.float32]) -> list[Block]:
+        """Take mono 16 kHz samples of any length; returns the blocks they complete."""
+        self._pending.append(pcm)
+        self._size += len(pcm)
+        self.samples += len(pcm)
+        if self._size < self._want:
+            return []
+        joined = np.concatenate(self._pending)
+        blocks = []
+        while len(joined) >= self._want:
+            block, joined = joined[: self._want], joined[self._want :]
+            self._sent_frames += self.lookahead + 1
+            blocks.append(Block(block, UNKNOWN_END, self.samples - len(joined)))
+        self._pending, self._size = [joined], len(joined)
+        return blocks
+
+    def finish(self) -> list[Block]:
+        """The blocks that flush the utterance: the samples left over and zeros, with its end marked."""
+        total = output_frames(self.samples)
+        joined = np.concatenate(self._pending)
+        blocks = []
+        while self._sent_frames < total:
+            block = np.zeros(self._want, np.float32)
+            head, joined = joined[: self._want], joined[self._want :]
+            block[: len(head)] = head
+            self._sent_frames += self.lookahead + 1
+            blocks.append(Block(block, self.samples, self.samples))
+        self._pending, self._size = [], 0
+        return blocks
+
+    @property
+    def _want(self) -> int:
+        return (self.lookahead + 1) * FRAME_SAMPLES
+
+
+def output_frames(samples: int) -> int:
+    """Encoder frames of an utterance of ``samples``: three stages of stride 2 over ``samples // 160`` mel frames."""
+    mel = samples // 160
+    return ((mel // 2 + 1) // 2 + 1) // 2 + 1
