@@ -168,7 +168,7 @@ def test_inactive_rows_leave_their_slot() -> None:
     before = {name: t.clone() for name, t in state.items()}
     mel.step(noise(4, 1280, seed=1), unknown, state, slots, torch.tensor([True, False, False, False]))
     assert all(torch.equal(state[name][:2], before[name][:2]) for name in state)
-    assert state["position"].tolist()[:3] == [200, -1080, 1480]
+    assert state["mel_position"].tolist()[:3] == [200, -1080, 1480]
 
 
 def test_half_precision_models_keep_full_precision_features() -> None:
