@@ -52,7 +52,7 @@ def test_what_16_khz_cannot_hold_is_removed(source: int, live: bool) -> None:
 @given(
     rates=st.sampled_from(RATES),
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
-    length=st.integers(64, 9000),
+    length=st.integers(200, 9000),
     live=st.booleans(),
 )
 def test_pieces_do_not_matter_and_lengths_are_exact(
