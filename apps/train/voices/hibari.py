@@ -6,9 +6,11 @@ the alphabet Kokoro reads as well.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.resources import files
 
 import torch
 from hibari import Hibari
@@ -21,6 +23,13 @@ from . import Line
 def phonemiser(british: bool) -> G2P:
     """English text -> phonemes, one string a call, in the misaki alphabet (American or British)."""
     return G2P(british=british)
+
+
+@lru_cache(maxsize=1)
+def symbols() -> dict[str, int]:
+    """Phoneme characters -> token ids, as Kokoro and hibari number them; id 0 marks both ends."""
+    table: dict[str, int] = json.loads((files("hibari") / "assets" / "vocab.json").read_text(encoding="utf-8"))
+    return table
 
 
 class HibariTeacher:
