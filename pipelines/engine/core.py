@@ -1,0 +1,367 @@
+"""The engine's device side: everything that happens in the one thread that owns the models."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from ...models.streaming import StreamingModel
+from .admission import Admission, Shedding
+from .errors import AtCapacity, Closed, Stale, StepFailed
+from .lease import Lease
+from .metrics import LaneMetrics
+from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count
+from .scheduler import Barrier, Batch, Lane, Policy, Scheduler, Work
+from .slots import SlotStore
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+T = TypeVar("T")
+Waiter = asyncio.Future[Any] | Future[Any]
+Cost = Callable[[str, Hashable, int], float]
+
+WARM_STEPS = 3
+
+# What a model's step may raise without taking the engine down. Anything else ends the engine and is reported.
+STEP_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
+    OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+class Command(Generic[T]):
+    """Something to do in the engine's thread, and who waits for its result."""
+
+    __slots__ = ("_call", "_waiter")
+
+    def __init__(self, call: Callable[[], T], waiter: Waiter | None) -> None:
+        self._call = call
+        self._waiter = waiter
+
+    def __call__(self) -> None:
+        if self._waiter is None:
+            self._call()
+            return
+        try:
+            result = self._call()
+        except STEP_ERRORS as error:
+            self.fail(error)
+        else:
+            _give(self._waiter, result, None)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error instead."""
+        if self._waiter is not None:
+            _give(self._waiter, None, error)
+
+
+@dataclass(eq=False, slots=True)
+class Hosted:
+    """A model and what runs it."""
+
+    model: StreamingModel
+    store: SlotStore
+    runner: Runner
+    lanes: dict[Hashable, Lane]
+    checks: dict[Hashable, InputCheck]
+
+    def lane(self, variant: Hashable) -> Lane:
+        """The lane of a variant; None is the first."""
+        if variant is None:
+            return next(iter(self.lanes.values()))
+        if variant not in self.lanes:
+            raise ValueError(f"model {self.store.name!r} does not serve variant {variant!r}; it serves {[*self.lanes]}")
+        return self.lanes[variant]
+
+
+class Core:
+    """Scheduler, models, admission and counts of one device. Driven by a ``Driver``, in one thread at a time."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        now: Callable[[], float],
+        *,
+        cost: Cost | None,
+        policy: Policy,
+        limit: float,
+        inbox: int,
+        shedding: Shedding,
+    ) -> None:
+        self.device = device
+        self.now = now
+        self.depth = 1
+        self.shedding = shedding
+        self.scheduler = Scheduler(policy, inbox=inbox)
+        self.hosted: dict[str, Hosted] = {}
+        self.measured: dict[Lane, LaneMetrics] = {}
+        self.admission = Admission(self.measured, limit)
+        names = ("admitted", "refused", "fenced", "discarded", "abandoned", "failed", "undelivered", "unanswered")
+        self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+        self._cost = cost
+        self._threads = torch.get_num_threads()
+        self._graphs: Any = None
+
+    # ---------------------------------------------------------------- for the driver
+
+    def setup(self) -> None:
+        torch.set_num_threads(self._threads)
+        if self.device.type == "cuda":
+            from .cuda import Graphs
+
+            self._graphs = Graphs(self.device)
+
+    def take(self, item: Work | Barrier | Command[Any]) -> None:
+        """Queue work or a barrier; carry out a command."""
+        if isinstance(item, Command):
+            item()
+        else:
+            self.scheduler.submit(item)
+        self._run_due()
+
+    def decide(self, now: float) -> Batch | float | None:
+        return self.scheduler.next(now)
+
+    def launch(self, batch: Batch) -> Flight | None:
+        lane = batch.lane
+        inputs = [work.payload for work in batch.works]
+        slots = [work.lease.slot.row for work in batch.works]
+        try:
+            runner = self.hosted[lane.model].runner
+            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, inputs, slots)
+        except STEP_ERRORS as error:
+            self._failed(batch, error)
+            return None
+
+    def land(self, batch: Batch, flight: Flight) -> None:
+        try:
+            outputs, seconds = flight.wait()
+        except STEP_ERRORS as error:
+            self._failed(batch, error)
+            return
+        now = self.now()
+        if self._cost is not None:
+            seconds = self.cost(batch)
+        measured = self.measured[batch.lane]
+        measured.steps[batch.bucket].add(seconds / (batch.last - batch.first))
+        works = batch.works
+        if self.scheduler.done(batch, now, seconds):
+            measured.finished(
+                len(works), batch.bucket, [now - work.deadline for work in works if work.deadline < math.inf]
+            )
+            self._answer(works, [Row(outputs, index) for index in range(len(works))])
+        self.shedding.update(self.scheduler.load(now), now)
+        self._run_due()
+
+    def cost(self, batch: Batch) -> float:
+        """Seconds of virtual time of the batch's slices; 0 without a cost function."""
+        if self._cost is None:
+            return 0.0
+        return self._cost(batch.lane.model, batch.lane.variant, batch.bucket) * (batch.last - batch.first)
+
+    def abandon(self, items: Sequence[Work | Barrier | Command[Any]], cause: BaseException | None) -> None:
+        """Answer these, and all that is queued, with Closed."""
+        reason = "was closed" if cause is None else f"stopped ({type(cause).__name__}: {cause})"
+        works: list[Work] = []
+        for item in [*self.scheduler.drain(), *items]:
+            if isinstance(item, Work):
+                works.append(item)
+            else:
+                (item.call if isinstance(item, Barrier) else item).fail(Closed(f"the engine {reason}"))
+        self.counts["unanswered"] += len(works)
+        self._answer(works, [Closed(f"the engine {reason} before this chunk was done") for _ in works])
+
+    # ---------------------------------------------------------------- commands
+
+    def add(
+        self,
+        name: str,
+        model: StreamingModel,
+        slots: int,
+        variants: Sequence[Hashable],
+        buckets: Sequence[int],
+        *,
+        budget: float | None,
+        tick: float | None,
+        exact: bool,
+    ) -> None:
+        """Allocate, prepare and measure a model."""
+        store = SlotStore(model, slots, self.device, name=name)
+        runner = CpuRunner(model, store, self.now) if self._graphs is None else self._graphs.runner(model, store)
+        hosted = Hosted(model, store, runner, {}, {})
+        measured: dict[Lane, LaneMetrics] = {}
+        for variant in variants:
+            sizes = probe_exact_buckets(model, variant, buckets) if exact and len(buckets) > 1 else tuple(buckets)
+            period = model.tick(variant)
+            lane = Lane(name, variant, period, budget or period, sizes, slice_count(model, variant))
+            if tick is not None:
+                lane.tick = tick
+            hosted.lanes[variant] = lane
+            hosted.checks[variant] = InputCheck(model.input_spec(variant))
+            runner.prepare(variant, sizes)
+            measured[lane] = self._measure(hosted, lane)
+        store.reset_scratch()
+        for lane in measured:
+            self.scheduler.add(lane)
+        self.measured.update(measured)
+        self.hosted[name] = hosted
+        self.depth = max(self.depth, runner.depth)
+
+    def open(self, engine: Engine, name: str, variant: Hashable, paced: bool) -> Lease:
+        """Admit a session and take a slot."""
+        if name not in self.hosted:
+            raise ValueError(f"no model named {name!r} was added; there are {[*self.hosted]}")
+        hosted = self.hosted[name]
+        return self._admit(engine, hosted, hosted.lane(variant), paced, None)
+
+    def fork(self, engine: Engine, source: Lease) -> Lease:
+        """Admit a second session with a copy of the state."""
+        return self._admit(engine, self.hosted[source.model], source.lane, source.paced, source)
+
+    def switch(self, lease: Lease, variant: Hashable) -> tuple[Lane, InputCheck]:
+        """Count the lease under another variant."""
+        hosted = self.hosted[lease.model]
+        lane = hosted.lane(variant)
+        if lease.paced:
+            self.admission.move(lease.lane, lane, self.now())
+        return lane, hosted.checks[variant]
+
+    def fence(self, lease: Lease, epoch: float) -> None:
+        """Drop the lease's waiting chunks of earlier epochs."""
+        dropped = self.scheduler.fence(lease, epoch)
+        self.counts["fenced"] += len(dropped)
+        waiting = [work for work in dropped if not work.waiter.done()]
+        self._answer(waiting, [Stale(f"fenced by epoch {epoch}") for _ in waiting])
+
+    def release(self, lease: Lease) -> None:
+        """Free the lease's slot."""
+        self.hosted[lease.model].store.release(lease.slot)
+        if lease.paced:
+            self.admission.leave(lease.lane, lease, self.now())
+
+    # ---------------------------------------------------------------- inside
+
+    def _admit(self, engine: Engine, hosted: Hosted, lane: Lane, paced: bool, source: Lease | None) -> Lease:
+        store, now = hosted.store, self.now()
+        try:
+            if not store.free:
+                reason = f"all {store.slots} slots of model {store.name!r} are taken"
+                self.admission.refuse(reason, self.admission.utilisation(), now)
+            if paced:
+                self.admission.check(lane, now)
+        except AtCapacity:
+            self.counts["refused"] += 1
+            raise
+        slot = store.acquire() if source is None else store.fork(source.slot)
+        lease = Lease(engine, store, slot, lane, hosted.checks[lane.variant], paced=paced)
+        if paced:
+            self.admission.enter(lane, lease, now)
+        self.counts["admitted"] += 1
+        return lease
+
+    def _measure(self, hosted: Hosted, lane: Lane) -> LaneMetrics:
+        """Step every bucket a few times on the scratch slot; the first time does not count."""
+        measured = LaneMetrics(lane.buckets)
+        specs = hosted.model.input_spec(lane.variant)
+        row = {name: spec.new(1)[0].numpy() for name, spec in specs.items()}
+        for bucket in lane.buckets:
+            if self._cost is not None:
+                measured.steps[bucket].add(self._cost(lane.model, lane.variant, bucket))
+                continue
+            slots = [hosted.store.scratch] * bucket
+            for repeat in range(WARM_STEPS):
+                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots)
+                _, seconds = flight.wait()
+                if repeat:
+                    measured.steps[bucket].add(seconds / lane.slices)
+        return measured
+
+    def _run_due(self) -> None:
+        while calls := self.scheduler.due_calls():
+            for call in calls:
+                call()
+
+    def _failed(self, batch: Batch, error: Exception) -> None:
+        self.counts["failed"] += 1
+        self.scheduler.done(batch, self.now(), 0.0, failed=True)
+        failures: list[Exception] = []
+        for _ in batch.works:
+            lane = batch.lane
+            text = f"{type(error).__name__}: {error}"
+            failure = StepFailed(f"the step of model {lane.model!r} variant {lane.variant!r} failed: {text}")
+            failure.__cause__ = error
+            failures.append(failure)
+        self._answer(batch.works, failures)
+        self._run_due()
+
+    def _answer(self, works: Sequence[Work], outcomes: Sequence[Row | Exception]) -> None:
+        """Settle the waiters: of each event loop with one call into it, of blocked threads directly."""
+        loops: dict[asyncio.AbstractEventLoop, list[tuple[Work, Row | Exception]]] = {}
+        for pair in zip(works, outcomes, strict=True):
+            waiter = pair[0].waiter
+            if isinstance(waiter, Future):
+                _settle(waiter, pair[1])
+            else:
+                loop = waiter.get_loop()
+                if loop in loops:
+                    loops[loop].append(pair)
+                else:
+                    loops[loop] = [pair]
+        for loop, pairs in loops.items():
+            if loop is _running_loop():
+                self._settle_all(pairs)
+                continue
+            try:
+                loop.call_soon_threadsafe(self._settle_all, pairs)
+            except RuntimeError:  # the loop was closed
+                self.counts["undelivered"] += len(pairs)
+
+    def _settle_all(self, pairs: Sequence[tuple[Work, Row | Exception]]) -> None:
+        """In the waiters' event loop."""
+        for work, outcome in pairs:
+            work.lease.answered(work)
+            waiter = work.waiter
+            if not waiter.done():
+                _settle(waiter, outcome)
+            else:
+                self.counts["abandoned" if waiter.cancelled() else "discarded"] += 1
+
+
+def _settle(waiter: Waiter, outcome: Row | Exception) -> None:
+    if isinstance(outcome, Row):
+        waiter.set_result(outcome)
+    else:
+        waiter.set_exception(outcome)
+
+
+def _give(waiter: Waiter, result: object, error: Exception | None) -> None:
+    """Settle the waiter of a command, from any thread."""
+
+    def settle() -> None:
+        if waiter.done():
+            return
+        if error is None:
+            waiter.set_result(result)
+        else:
+            waiter.set_exception(error)
+
+    if isinstance(waiter, Future) or waiter.get_loop() is _running_loop():
+        settle()
+        return
+    if not waiter.get_loop().is_closed():
+        waiter.get_loop().call_soon_threadsafe(settle)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,184 @@
+"""Stepping one model on CUDA: one captured graph per variant, bucket and slice, replayed.
+
+Inputs go from pinned staging to static device buffers, the graph runs over them, and outputs come back into pinned
+buffers with an event, all on one stream. Two batches may be in flight: the host fills the next while the device runs.
+All graphs of a device share one memory pool. That is safe because they run one after another on one stream and each
+graph's outputs are copied out before the next graph can reuse the memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ...models.streaming import StreamingModel
+from .runner import Array, Sliced, Staging, slice_count
+from .slots import SlotStore
+
+EAGER_STEPS = 2  # before a capture: lets libraries allocate their workspaces and pick their kernels
+
+
+class Graphs:
+    """The stream and the memory pool that all models of a device share. Made in the thread that steps them, whose
+    current stream it becomes."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.set_stream(self.stream)
+
+    def runner(self, model: StreamingModel, store: SlotStore) -> CudaRunner:
+        """A runner of ``model``."""
+        return CudaRunner(model, store, self)
+
+
+@dataclass(eq=False, slots=True)
+class _Capture:
+    """One graph and the tensors its replay writes."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: dict[str, Tensor]
+
+
+class _Landing:
+    """Pinned host memory of one batch in flight: staging for inputs, room for outputs, and when both are free."""
+
+    def __init__(self, staging: Staging) -> None:
+        self.staging = staging
+        self.outputs: dict[str, Tensor] = {}
+        self.landed = _event(blocking=True)
+
+    def make_room(self, outputs: dict[str, Tensor]) -> None:
+        """Pinned buffers for these outputs, where there are none as large yet."""
+        for name, tensor in outputs.items():
+            held = self.outputs.get(name)
+            if held is None or len(held) < len(tensor):
+                self.outputs[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class _Lane:
+    """Buffers and graphs of one variant."""
+
+    def __init__(self, landings: list[_Landing], device: torch.device, slices: int) -> None:
+        staging = landings[0].staging
+        self.landings = landings
+        self.turns: Iterator[_Landing] = itertools.cycle(landings)
+        self.landing = landings[0]  # of the batch that started last
+        self.slices = slices
+        self.inputs = {name: tensor.to(device) for name, tensor in staging.inputs.items()}
+        self.slots = staging.slots.to(device)
+        self.active = staging.active.to(device)
+        self.captures: dict[int, list[_Capture]] = {}
+
+    def arguments(self, bucket: int, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Any]:
+        """What the model's step gets: prefixes of the static buffers."""
+        inputs = {name: tensor[:bucket] for name, tensor in self.inputs.items()}
+        return inputs, state, self.slots[:bucket], self.active[:bucket]
+
+
+class CudaFlight:
+    """A batch on the device, or its outputs on their way back."""
+
+    def __init__(
+        self, outputs: dict[str, Tensor], started: torch.cuda.Event, ended: torch.cuda.Event, landed: torch.cuda.Event
+    ) -> None:
+        self._outputs = outputs
+        self._started, self._ended, self._landed = started, ended, landed
+
+    def ready(self) -> bool:
+        return bool(self._landed.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> tuple[dict[str, Tensor], float]:
+        self._landed.synchronize()
+        seconds = self._started.elapsed_time(self._ended) / 1e3
+        # The pinned buffers are used again by the batch after the next: hand out a copy.
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}, seconds
+
+
+class CudaRunner:
+    """Steps a model by replaying graphs."""
+
+    depth = 2
+
+    def __init__(self, model: StreamingModel, store: SlotStore, graphs: Graphs) -> None:
+        self._model = model
+        self._store = store
+        self._graphs = graphs
+        self._lanes: dict[Hashable, _Lane] = {}
+
+    def prepare(self, variant: Hashable, buckets: Sequence[int]) -> None:
+        """Capture every bucket, the largest first, so that the smaller ones find their memory in the pool."""
+        torch.cuda.synchronize(self._graphs.device)  # weights and state may have been made on another stream
+        specs = self._model.input_spec(variant)
+        stagings = [Staging(specs, max(buckets), self._store.scratch, pinned=True) for _ in range(self.depth)]
+        slices = slice_count(self._model, variant)
+        lane = _Lane([_Landing(staging) for staging in stagings], self._graphs.device, slices)
+        for bucket in sorted(buckets, reverse=True):
+            lane.captures[bucket] = [self._capture(lane, bucket, index) for index in range(slices)]
+            for landing in lane.landings:
+                landing.make_room(lane.captures[bucket][-1].outputs)
+        self._lanes[variant] = lane
+
+    def launch(
+        self, variant: Hashable, bucket: int, first: int, last: int, inputs: list[dict[str, Array]], slots: list[int]
+    ) -> CudaFlight:
+        lane, stream = self._lanes[variant], self._graphs.stream
+        captures = lane.captures[bucket]
+        started, ended = _event(enable_timing=True), _event(enable_timing=True)
+        with torch.cuda.stream(stream), torch.inference_mode():
+            if first == 0:
+                lane.landing = next(lane.turns)
+                lane.landing.landed.synchronize()  # the batch that used it before: long landed, unless this one hurries
+                lane.landing.staging.fill(inputs, slots, bucket)
+                self._upload(lane, bucket)
+            landing = lane.landing
+            started.record(stream)
+            for capture in captures[first:last]:
+                capture.graph.replay()
+            ended.record(stream)
+            outputs: dict[str, Tensor] = {}
+            if last == lane.slices:
+                for name, tensor in captures[-1].outputs.items():
+                    outputs[name] = landing.outputs[name][:bucket]
+                    outputs[name].copy_(tensor, non_blocking=True)
+            landing.landed.record(stream)
+        return CudaFlight(outputs, started, ended, landing.landed)
+
+    def _upload(self, lane: _Lane, bucket: int) -> None:
+        tensors, slots, active = lane.landing.staging.views(bucket)
+        for name, tensor in tensors.items():
+            lane.inputs[name][:bucket].copy_(tensor, non_blocking=True)
+        lane.slots[:bucket].copy_(slots, non_blocking=True)
+        lane.active[:bucket].copy_(active, non_blocking=True)
+
+    def _capture(self, lane: _Lane, bucket: int, index: int) -> _Capture:
+        """Capture slice ``index`` for this bucket. The buffers hold padding rows, so only scratch is written."""
+        arguments = lane.arguments(bucket, self._store.state)
+        stream = self._graphs.stream
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode():
+            with torch.cuda.stream(stream):
+                for _ in range(EAGER_STEPS):
+                    self._step(lane, index, arguments)
+            stream.synchronize()
+            # Other threads may use CUDA meanwhile: only this one's calls belong to the capture.
+            with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = self._step(lane, index, arguments)
+        return _Capture(graph, outputs)
+
+    def _step(self, lane: _Lane, index: int, arguments: tuple[Any, Any, Any, Any]) -> dict[str, Tensor]:
+        if lane.slices == 1:
+            return self._model.step(*arguments)
+        return cast(Sliced, self._model).step_slice(index, *arguments)
+
+
+def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
+    """``blocking``: waiting for it sleeps instead of spinning."""
+    return torch.cuda.Event(enable_timing=enable_timing, blocking=blocking)  # type: ignore[no-untyped-call]

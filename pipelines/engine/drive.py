@@ -1,0 +1,195 @@
+"""What turns the engine's crank: a thread of its own, or the event loop itself.
+
+Both feed the ``Core`` and run it in exactly one thread at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from .core import Command, Core
+from .errors import EngineError
+from .runner import Flight
+from .scheduler import Barrier, Batch, Work
+
+Item = Work | Barrier | Command[Any]
+
+
+class Driver(Protocol):
+    """Runs the core."""
+
+    def post(self, item: Item, not_before: float = -math.inf) -> None:
+        """Hand an item to the core, from any thread; nothing can start on its account before ``not_before``."""
+
+    def wait_for(self, answers: list[Future[Any]]) -> None:
+        """Block until all are done."""
+
+    def close(self) -> None:
+        """Stop; everything unanswered is answered with an error."""
+
+
+class ThreadDriver:
+    """Runs the core in one thread. Items are handed over by a deque; the thread is woken only when that matters."""
+
+    def __init__(self, core: Core, name: str) -> None:
+        self._core = core
+        self._items: deque[Item] = deque()
+        self._wake = threading.Event()
+        self._sleeps_until = -math.inf  # while the thread sleeps, when it wakes by itself; else -inf
+        self._stopping = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, item: Item, not_before: float = -math.inf) -> None:
+        self._items.append(item)
+        if not_before < self._sleeps_until:
+            self._wake.set()
+        if self._stopped:
+            self._refuse(None)
+
+    def wait_for(self, answers: list[Future[Any]]) -> None:
+        for answer in answers:
+            answer.exception()
+
+    def close(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        cause: BaseException | None = None
+        try:
+            self._core.setup()
+            self._loop()
+        except BaseException as error:
+            cause = error
+            raise
+        finally:
+            self._stopped = True
+            self._refuse(cause)
+
+    def _refuse(self, cause: BaseException | None) -> None:
+        """Answer what nobody will run. Once the thread has stopped, any thread may."""
+        items: list[Item] = []
+        while self._items:
+            items.append(self._items.popleft())
+        self._core.abandon(items, cause)
+
+    def _loop(self) -> None:
+        core, items = self._core, self._items
+        flights: deque[tuple[Batch, Flight]] = deque()
+        while not self._stopping:
+            while items:
+                core.take(items.popleft())
+            while flights and flights[0][1].ready():
+                core.land(*flights.popleft())
+            decision = core.decide(core.now()) if len(flights) < core.depth else None
+            if isinstance(decision, Batch):
+                flight = core.launch(decision)
+                if flight is not None:
+                    flights.append((decision, flight))
+            elif flights:
+                core.land(*flights.popleft())
+            else:
+                self._sleep(decision)
+        while flights:
+            core.land(*flights.popleft())
+
+    def _sleep(self, until: float | None) -> None:
+        self._wake.clear()
+        self._sleeps_until = math.inf if until is None else until
+        # Whoever appends after this look sees _sleeps_until and sets the event.
+        if not self._items and not self._stopping:
+            self._wake.wait(None if until is None else max(0.0, until - self._core.now()))
+        self._sleeps_until = -math.inf
+
+
+class InlineDriver:
+    """Runs the core on the event loop that calls it, or without a loop in ``wait_for``: no thread, same order of
+    events every time. On a virtual loop a step takes ``Core.cost`` of virtual time."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._timer: asyncio.Handle | None = None
+        self._soon = False
+        self._flight: tuple[Batch, Flight] | None = None
+        self._blocking = False
+        core.setup()
+
+    def post(self, item: Item, not_before: float = -math.inf) -> None:
+        self._core.take(item)
+        if not self._blocking:
+            self._crank_soon()
+
+    def wait_for(self, answers: list[Future[Any]]) -> None:
+        if self._flight is not None:
+            raise EngineError("a batch is in flight on the event loop; use the awaitable calls there")
+        self._blocking = True
+        core = self._core
+        try:
+            while not all(answer.done() for answer in answers):
+                decision = core.decide(core.now())
+                if isinstance(decision, float):
+                    decision = core.decide(decision)
+                if not isinstance(decision, Batch):
+                    raise EngineError("nothing is left to run, yet results are awaited")
+                flight = core.launch(decision)
+                if flight is not None:
+                    core.land(decision, flight)
+        finally:
+            self._blocking = False
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._flight is not None:
+            self._core.land(*self._flight)
+            self._flight = None
+        self._core.abandon([], None)
+
+    def _crank_soon(self) -> None:
+        if self._soon or self._flight is not None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # no loop runs here: wait_for will turn the crank
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._soon = True
+        self._timer = loop.call_soon(self._crank)
+
+    def _crank(self) -> None:
+        self._soon, self._timer = False, None
+        core = self._core
+        loop = asyncio.get_running_loop()
+        now = core.now()
+        decision = core.decide(now)
+        if isinstance(decision, Batch):
+            flight = core.launch(decision)
+            if flight is None:
+                self._crank_soon()
+                return
+            self._flight = (decision, flight)
+            seconds = core.cost(decision)
+            if seconds > 0:
+                self._timer = loop.call_later(seconds, self._land)
+            else:
+                self._land()
+        elif decision is not None:
+            # A loop may round its timers: never ask for less than it can tell apart.
+            self._timer = loop.call_later(max(decision - now, 1e-6), self._crank)
+
+    def _land(self) -> None:
+        flight, self._flight, self._timer = self._flight, None, None
+        if flight is not None:
+            self._core.land(*flight)
+            self._crank_soon()

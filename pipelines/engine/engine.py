@@ -1,0 +1,227 @@
+"""The engine: every model of one device, stepped for every session by one scheduler.
+
+Sessions hold a ``Lease`` and await ``lease.step``; the engine gathers what is ready into batches, steps, and answers a
+whole batch with one call into the event loop. It runs in a thread of its own, or (``inline=True``) on the event loop
+that calls it, where tests on virtual time and command lines without a loop use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import math
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+
+from ...models.streaming import StreamingModel
+from ..clock import Clock, WallClock
+from .admission import LIMIT, Shedding
+from .core import Command, Core, Cost
+from .drive import Driver, InlineDriver, Item, ThreadDriver
+from .errors import Closed
+from .lease import Lease
+from .metrics import prometheus
+from .runner import InputCheck, Inputs, Row
+from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
+
+T = TypeVar("T")
+
+SMALLEST_BUCKET = 4  # smaller products round differently on the CPU
+LARGEST_BUCKET = 256
+
+
+class Engine:
+    """Owner of all models of one device.
+
+    clock: what deadlines are measured on; the wall clock by default, any other only with ``inline``.
+    cost: seconds of virtual time of one slice, from model name, variant and bucket; only with ``inline``.
+    limit: the share of the device that admission may give away.
+    inbox: unanswered chunks a lease may have.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        clock: Clock | None = None,
+        inline: bool = False,
+        cost: Cost | None = None,
+        policy: Policy = EDF_TICKS_SLICES,
+        limit: float = LIMIT,
+        inbox: int = 8,
+        shedding: Shedding | None = None,
+    ) -> None:
+        if not inline and (cost is not None or not isinstance(clock, WallClock | None)):
+            raise ValueError("a clock other than WallClock, and cost, need inline=True")
+        self.device = torch.device(device)
+        self.inbox = inbox
+        self.now = (clock or WallClock()).now
+        self.shedding = shedding or Shedding()
+        self._core = Core(
+            self.device, self.now, cost=cost, policy=policy, limit=limit, inbox=inbox, shedding=self.shedding
+        )
+        self._closed = False
+        self._driver: Driver = InlineDriver(self._core) if inline else ThreadDriver(self._core, f"engine {self.device}")
+        if not inline:
+            atexit.register(self.close)
+
+    def add(
+        self,
+        name: str,
+        model: StreamingModel,
+        *,
+        slots: int,
+        budget: float | None = None,
+        variants: Sequence[Hashable] | None = None,
+        buckets: Sequence[int] | None = None,
+        exact: bool | None = None,
+        tick: float | None = None,
+    ) -> None:
+        """Allocate slots for a model, prepare its buckets (on CUDA capture their graphs) and measure its steps. Blocks.
+
+        budget: seconds from a chunk's arrival to its deadline; default the media time of a step.
+        variants: those to serve; default all the model has. The first is the default of ``open``.
+        buckets: batch sizes; default powers of two from 4 to what the slots need, at most 256.
+        exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
+        tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
+        """
+        if name in self._core.hosted:
+            raise ValueError(f"a model named {name!r} was added before; choose another name")
+        chosen = tuple(model.variants if variants is None else variants)
+        if unknown := [variant for variant in chosen if variant not in model.variants]:
+            raise ValueError(f"model {name!r} has no variant {unknown[0]!r}; it has {list(model.variants)}")
+        sizes = default_buckets(slots) if buckets is None else tuple(sorted(set(buckets)))
+        exact = self.device.type == "cpu" if exact is None else exact
+        model.to(self.device).eval()
+        host = partial(
+            self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact
+        )  # fmt: skip
+        self.ask_sync(host)
+
+    async def open(self, name: str, variant: Hashable = None, *, paced: bool = True) -> Lease:
+        """A slot for a session. Raises AtCapacity, and ValueError for an unknown model or variant.
+
+        paced: the session sends at the pace of its media and its chunks have deadlines. False (a file): it counts
+        against the slots only and runs in the gaps.
+        """
+        return await self.ask(partial(self._core.open, self, name, variant, paced))
+
+    def open_sync(self, name: str, variant: Hashable = None, *, paced: bool = False) -> Lease:
+        """``open``, blocking; for files unless ``paced``."""
+        return self.ask_sync(partial(self._core.open, self, name, variant, paced))
+
+    def run_sync(self, chunks: Sequence[tuple[Lease, Inputs]]) -> list[Row]:
+        """Step several leases together and block until all outputs are there, in the order given."""
+        answers: list[Future[Row]] = [Future() for _ in chunks]
+        works = [lease.work(inputs, answer) for (lease, inputs), answer in zip(chunks, answers, strict=True)]
+        for work in works:
+            self.post(work)
+        self._driver.wait_for(answers)
+        return [answer.result() for answer in answers]
+
+    def close(self) -> None:
+        """Stop. Whatever is unanswered gets Closed; the thread is joined. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._driver.close()
+            atexit.unregister(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers per model and variant (seconds and bytes), utilisation, and counts of all that was not delivered."""
+        core = self._core
+        models = {
+            name: {
+                "slots": hosted.store.slots,
+                "used": hosted.store.used,
+                "slot_bytes": hosted.store.slot_bytes,
+                "bytes": hosted.store.total_bytes,
+                "variants": {
+                    variant: {
+                        "buckets": list(lane.buckets),
+                        "sessions": core.admission.sessions[lane],
+                        "depth": lane.depth,
+                        **core.measured[lane].summary(),
+                    }
+                    for variant, lane in hosted.lanes.items()
+                },
+            }
+            for name, hosted in list(core.hosted.items())
+        }
+        return {
+            "utilisation": core.admission.utilisation(),
+            "load": core.scheduler.load(self.now()),
+            "counts": dict(core.counts),
+            "shed": dict(self.shedding.counts),
+            "models": models,
+        }
+
+    def metrics_text(self) -> str:
+        """``metrics`` in the Prometheus text format."""
+        return prometheus(self.metrics())
+
+    # ---------------------------------------------------------------- for leases
+
+    def post(self, work: Work) -> None:
+        """Queue a chunk."""
+        self._hand(work, work.lane.next_start if work.deadline < math.inf else -math.inf)
+
+    def tell(self, call: Callable[[], object], lease: Lease | None = None) -> None:
+        """Have ``call`` run in the engine's thread; with a lease, after what that lease submitted before."""
+        self._command(Command(call, None), lease)
+
+    def ask(self, call: Callable[[], T], lease: Lease | None = None) -> asyncio.Future[T]:
+        """``tell``, with a future of the result."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._command(Command(call, future), lease)
+        return future
+
+    def ask_sync(self, call: Callable[[], T], lease: Lease | None = None) -> T:
+        """``tell``, blocking until the result is there."""
+        answer: Future[T] = Future()
+        self._command(Command(call, answer), lease)
+        self._driver.wait_for([answer])
+        return answer.result()
+
+    def drop(self, lease: Lease, epoch: float) -> None:
+        """Drop the lease's waiting chunks of epochs before ``epoch``."""
+        self.tell(partial(self._core.fence, lease, epoch))
+
+    def leave(self, lease: Lease) -> None:
+        """Drop what the lease has waiting, and free its slot after what it has running."""
+        if not self._closed:
+            self.drop(lease, math.inf)
+            self.tell(partial(self._core.release, lease), lease)
+
+    def fork(self, lease: Lease) -> asyncio.Future[Lease]:
+        """A second lease with a copy of the state."""
+        return self.ask(partial(self._core.fork, self, lease), lease)
+
+    def switch(self, lease: Lease, variant: Hashable) -> asyncio.Future[tuple[Lane, InputCheck]]:
+        """The lane and input check of another variant, with the lease counted there."""
+        return self.ask(partial(self._core.switch, lease, variant))
+
+    def _command(self, command: Command[Any], lease: Lease | None) -> None:
+        self._hand(command if lease is None else Barrier(lease, command))
+
+    def _hand(self, item: Item, not_before: float = -math.inf) -> None:
+        if self._closed:
+            raise Closed("the engine was closed")
+        self._driver.post(item, not_before)
+
+
+def default_buckets(slots: int) -> tuple[int, ...]:
+    """Powers of two from 4 to the first that holds all slots, at most 256."""
+    sizes = [SMALLEST_BUCKET]
+    while sizes[-1] < min(slots, LARGEST_BUCKET):
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes)
