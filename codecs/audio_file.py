@@ -18,14 +18,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import av
 import numpy as np
 from av.error import EOFError as EndOfFile
 from av.error import FFmpegError
 
-from .resample import Resampler, Samples, mono, resampler
+from .resample import FileResampler, Samples, mono
 
 STDIN = "-"
 Source = str | os.PathLike[str] | BinaryIO
@@ -93,41 +93,76 @@ def stream(
 
 
 def write(path: str | os.PathLike[str], samples: Samples, sample_rate: int, *, bit_rate: int | None = None) -> None:
-    """Write ``[n]`` mono samples in -1 ... 1 in the format that the suffix names: 16-bit wav, flac, opus, mp3, m4a.
+    """Write a whole recording; see ``AudioWriter``."""
+    with AudioWriter(path, sample_rate, bit_rate=bit_rate) as writer:
+        for start in range(0, len(samples), sample_rate):
+            writer.write(samples[start : start + sample_rate])
+
+
+class AudioWriter:
+    """A mono file being written, in the format that the suffix names: 16-bit wav, flac, opus, ogg, mp3, m4a.
 
     ``bit_rate`` is in bits a second, for the lossy ones. Raises AudioError for another suffix, a rate that the format
-    does not have, or a file that cannot be written.
+    does not have, or a file that cannot be written. Close it, or use it in a ``with`` block.
     """
-    path = Path(path)
-    encoder = _ENCODERS.get(path.suffix.lower())
-    if encoder is None:
-        raise AudioError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(_ENCODERS)}")
-    if encoder == "libopus" and sample_rate not in _OPUS_RATES:
-        raise AudioError(f"{path}: Opus has no rate of {sample_rate} Hz; use one of {', '.join(map(str, _OPUS_RATES))}")
-    samples = np.clip(np.asarray(samples, np.float32), -1, 1)
-    if samples.ndim != 1:
-        raise AudioError(f"{path}: can write mono samples [n], got shape {samples.shape}")
-    try:
-        with av.open(str(path), "w") as container:
-            track: Any = container.add_stream(encoder, rate=sample_rate)
-            track.layout = "mono"
-            if bit_rate is not None:
-                track.bit_rate = bit_rate
-            for start in range(0, len(samples), sample_rate):
-                piece = np.ascontiguousarray(samples[None, start : start + sample_rate])
-                frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts, frame.time_base = sample_rate, start, Fraction(1, sample_rate)
-                container.mux(track.encode(frame))
-            container.mux(track.encode(None))
-    except (FFmpegError, OSError, ValueError) as error:
-        raise AudioError(f"{path}: cannot write: {_reason(error)}") from error
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, bit_rate: int | None = None) -> None:
+        self.path, self.sample_rate = Path(path), sample_rate
+        suffix = self.path.suffix.lower()
+        encoder = _ENCODERS.get(suffix)
+        if encoder is None:
+            raise AudioError(f"{path}: cannot write {suffix or 'without a suffix'}; use {', '.join(_ENCODERS)}")
+        if encoder == "libopus" and sample_rate not in _OPUS_RATES:
+            rates = ", ".join(map(str, _OPUS_RATES))
+            raise AudioError(f"{path}: Opus has no rate of {sample_rate} Hz; use one of {rates}")
+        self._written = 0
+        with self._named_errors():
+            self._container: Any = av.open(str(path), "w")
+            options: dict[str, Any] = {} if bit_rate is None else {"bit_rate": bit_rate}
+            self._track: Any = self._container.add_stream(encoder, rate=sample_rate, layout="mono", **options)
+
+    def write(self, samples: Samples) -> None:
+        """Append ``[n]`` samples in -1 ... 1; louder ones are clipped."""
+        if samples.ndim != 1:
+            raise AudioError(f"{self.path}: can write mono samples [n], got shape {samples.shape}")
+        if not len(samples):
+            return
+        piece = np.clip(np.ascontiguousarray(samples, np.float32), -1, 1)[None]
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = self.sample_rate, self._written, Fraction(1, self.sample_rate)
+        self._written += len(samples)
+        with self._named_errors():
+            self._container.mux(self._track.encode(frame))
+
+    def close(self) -> None:
+        """Write what the encoder still holds. May be called twice."""
+        if self._container is not None:
+            with self._named_errors():
+                container, self._container = self._container, None
+                try:
+                    container.mux(self._track.encode(None))
+                finally:
+                    container.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (FFmpegError, OSError, ValueError) as error:
+            raise AudioError(f"{self.path}: cannot write: {_reason(error)}") from error
 
 
 def _samples(source: Source, sample_rate: int, report: Report) -> Iterator[Samples]:
     """Decode, mix down and resample, in pieces as they come; then report what was wrong."""
     name = _name(source)
     bad, seconds, rate = 0, 0.0, 0
-    resampling: Resampler | None = None
+    resampling: FileResampler | None = None
     with _binary(source) as file, _open(file, name) as (container, track):
         cut_short = _cut_short(file)
         declared = 0.0
@@ -138,7 +173,7 @@ def _samples(source: Source, sample_rate: int, report: Report) -> Iterator[Sampl
                 if resampling is not None:
                     yield resampling.flush()
                 rate = frame.sample_rate
-                resampling = resampler(rate, sample_rate, live=False)
+                resampling = FileResampler(rate, sample_rate)
             samples, not_numbers = mono(frame)
             bad += not_numbers
             seconds += len(samples) / rate

@@ -10,7 +10,7 @@ makes nothing of a whole input shorter than its filter, a millisecond or two.)
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import av
 import numpy as np
@@ -25,81 +25,65 @@ LOUDEST = 1e6
 _NOTHING: Samples = np.zeros(0, np.float32)
 
 
-class Resampler(Protocol):
-    """A stream of mono samples at one rate to another."""
-
-    def push(self, samples: Samples) -> Samples:
-        """Take ``[n]`` samples and return those that are ready, ``[m]``."""
-        ...
-
-    def flush(self) -> Samples:
-        """End the input and return the rest. Nothing may be pushed after it."""
-        ...
-
-
-def resampler(source_rate: int, rate: int, *, live: bool) -> Resampler:
-    """From ``source_rate`` to ``rate`` hertz, with the short delay of live audio or the steep filter of files.
-
-    Raises ValueError for a rate that is not positive.
-    """
-    for value in (source_rate, rate):
-        if value <= 0:
-            raise ValueError(f"a sample rate must be a positive number of hertz, got {value}")
-    if source_rate == rate:
-        return Same()
-    return LiveResampler(source_rate, rate) if live else FileResampler(source_rate, rate)
-
-
-class Same:
-    """No change of rate."""
-
-    def push(self, samples: Samples) -> Samples:
-        return samples
-
-    def flush(self) -> Samples:
-        return _NOTHING
-
-
-class LiveResampler:
-    """FFmpeg's swresample."""
+class _Rates:
+    """Two rates in hertz. Raises ValueError for one that is not positive."""
 
     def __init__(self, source_rate: int, rate: int) -> None:
-        self._source_rate = source_rate
-        self._resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+        for value in (source_rate, rate):
+            if value <= 0:
+                raise ValueError(f"a sample rate must be a positive number of hertz, got {value}")
+        self.source_rate, self.rate = source_rate, rate
+
+
+class Resampler(_Rates):
+    """For live audio: FFmpeg's swresample, a millisecond or two behind its input."""
+
+    def __init__(self, source_rate: int, rate: int) -> None:
+        super().__init__(source_rate, rate)
+        same = source_rate == rate
+        self._resampler = None if same else av.AudioResampler(format="fltp", layout="mono", rate=rate)
 
     def push(self, samples: Samples) -> Samples:
-        if not len(samples):
-            return _NOTHING
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="fltp", layout="mono")
-        frame.sample_rate = self._source_rate
+        """Take ``[n]`` samples, or ``[channels, n]`` to be averaged, and return those that are ready, ``[m]``."""
+        if samples.ndim == 2:
+            samples = samples.mean(axis=0, dtype=np.float32)
+        if self._resampler is None or not len(samples):
+            return samples
+        piece = np.ascontiguousarray(samples, np.float32)[None]
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+        frame.sample_rate = self.source_rate
         return self._collect(frame)
 
     def flush(self) -> Samples:
-        return self._collect(None)
+        """End the input and return the rest. Nothing may be pushed after it."""
+        return _NOTHING if self._resampler is None else self._collect(None)
 
     def _collect(self, frame: Any) -> Samples:
-        made = [piece.to_ndarray()[0] for piece in self._resampler.resample(frame)]
+        made = [piece.to_ndarray()[0] for piece in self._resampler.resample(frame)]  # type: ignore[union-attr]
         return np.concatenate(made) if made else _NOTHING
 
 
-class FileResampler:
-    """libsoxr, high quality."""
+class FileResampler(_Rates):
+    """For files: libsoxr at high quality. Used like ``Resampler``, with mono samples."""
 
     def __init__(self, source_rate: int, rate: int) -> None:
+        super().__init__(source_rate, rate)
         self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32", quality="HQ")
 
     def push(self, samples: Samples) -> Samples:
+        """Take ``[n]`` samples and return those that are ready, ``[m]``."""
         made: Samples = self._stream.resample_chunk(samples)
         return made
 
     def flush(self) -> Samples:
+        """End the input and return the rest. Nothing may be pushed after it."""
         made: Samples = self._stream.resample_chunk(_NOTHING, last=True)
         return made
 
 
 def resample(samples: Samples, source_rate: int, rate: int) -> Samples:
     """A whole recording ``[n]`` at ``source_rate`` hertz to ``rate``, with the filter for files."""
-    stream = resampler(source_rate, rate, live=False)
+    stream = FileResampler(source_rate, rate)
     return np.concatenate([stream.push(np.asarray(samples, np.float32)), stream.flush()])
 
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 import soxr
-from antiphon.codecs.resample import FileResampler, LiveResampler, Samples, mono, resample, resampler
+from antiphon.codecs.resample import FileResampler, Resampler, Samples, mono, resample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ def snr(reference: Samples, got: Samples) -> float:
 
 
 def in_pieces(source: int, rate: int, samples: Samples, sizes: list[int], live: bool) -> Samples:
-    stream, made, at = resampler(source, rate, live=live), [], 0
+    stream, made, at = Resampler(source, rate) if live else FileResampler(source, rate), [], 0
     while at < len(samples):
         size = sizes[len(made) % len(sizes)]
         made.append(stream.push(samples[at : at + size]))
@@ -67,7 +67,7 @@ def test_pieces_do_not_matter_and_lengths_are_exact(
 
 @pytest.mark.parametrize(("source", "rate"), RATES)
 def test_live_delay_is_sixteen_samples_of_the_lower_rate(source: int, rate: int) -> None:
-    made = LiveResampler(source, rate).push(sweep(source, 1.0))
+    made = Resampler(source, rate).push(sweep(source, 1.0))
     behind = 1.0 - len(made) / rate
     assert 0 < behind <= 18 / min(source, rate)
 
@@ -77,16 +77,22 @@ def test_same_rate_is_untouched() -> None:
     assert np.array_equal(in_pieces(16000, 16000, samples, [320], live=True), samples)
 
 
+def test_channels_of_live_audio_are_averaged() -> None:
+    left, right = sweep(48000, 0.1), sweep(48000, 0.1, top=900.0)
+    both = Resampler(48000, 16000).push(np.stack([left, right]))
+    np.testing.assert_allclose(both, Resampler(48000, 16000).push((left + right) / 2), atol=1e-6)
+
+
 def test_whole_is_streamed() -> None:
     samples = sweep(44100, 1.0)
     assert np.array_equal(resample(samples, 44100, 16000), soxr.resample(samples, 44100, 16000, quality="HQ"))
     assert len(FileResampler(8000, 16000).flush()) == 0
-    assert len(LiveResampler(8000, 16000).flush()) == 0
+    assert len(Resampler(8000, 16000).flush()) == 0
 
 
 def test_bad_rate() -> None:
     with pytest.raises(ValueError, match="positive number of hertz, got 0"):
-        resampler(0, 16000, live=True)
+        Resampler(0, 16000)
 
 
 KINDS = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
