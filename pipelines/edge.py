@@ -84,9 +84,8 @@ class Edge:
     """
 
     __slots__ = (
-        "_abandoned",
         "_best",
-        "_closed",
+        "_blocks",
         "_depth_max",
         "_dropped_policy",
         "_dropped_stale",
@@ -102,6 +101,8 @@ class Edge:
         "_ns_max",
         "_passed",
         "_writers",
+        "abandoned",
+        "closed",
         "epoch",
         "lasting",
         "link",
@@ -116,11 +117,13 @@ class Edge:
         self.popped_at = 0.0  # clock time of the last get
         self.reader: asyncio.Future[None] | None = None  # set by whoever waits for a chunk; resolved by what brings one
         self._now = now
-        self._items: deque[Chunk] = deque()
+        self.closed = False  # the producer has finished; queued chunks may remain
+        self.abandoned = False  # the consumer has finished; what is put is counted as unread
+        self._items: deque[tuple[Chunk, int]] = deque()  # with their nanoseconds
         self._writers: deque[asyncio.Future[None]] = deque()
         self._max_items = link.items
         self._max_ns = link.ms * _NS_PER_MS
-        self._closed = self._abandoned = False
+        self._blocks = link.policy == "block"
         self._error: BaseException | None = None
         self._ns = self._ns_max = self._depth_max = 0
         self._passed = self._dropped_policy = self._dropped_stale = self._dropped_unread = 0
@@ -133,39 +136,27 @@ class Edge:
     @property
     def full(self) -> bool:
         """Whether a producer should wait before it makes another chunk (never so unless the policy is ``block``)."""
-        if self._closed or self._abandoned or self.link.policy != "block":
-            return False
-        return len(self._items) >= self._max_items or self._ns >= self._max_ns
+        return self._blocks and (len(self._items) >= self._max_items or self._ns >= self._max_ns) and not self.closed
 
     @property
     def head_seconds(self) -> float:
         """Media time at which the oldest queued chunk starts; infinite when the edge is empty."""
-        return self._items[0].start_seconds if self._items else float("inf")
+        return self._items[0][0].start_seconds if self._items else float("inf")
 
     @property
     def ended(self) -> bool:
         """Whether nothing will ever come out again."""
-        return self._closed and not self._items
+        return self.closed and not self._items
 
-    @property
-    def closed(self) -> bool:
-        """Whether the producer has finished; queued chunks may remain."""
-        return self._closed
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether the consumer has finished; what is put is counted as unread."""
-        return self._abandoned
-
-    def put_nowait(self, chunk: Chunk) -> bool:
-        """Take the chunk, or drop and count it; False when it must wait for room. Raises EdgeFull."""
+    def put_nowait(self, chunk: Chunk, size: int) -> bool:
+        """Take the chunk of ``size`` nanoseconds, or drop and count it; False when it must wait. Raises EdgeFull."""
         if chunk.epoch < self.epoch and not self.lasting:
             self._dropped_stale += 1
             return True
-        if self._closed or self._abandoned:
+        if self.abandoned or self.closed:
             self._dropped_unread += 1
             return True
-        items, size = self._items, chunk.nanoseconds
+        items = self._items
         if items and (len(items) >= self._max_items or self._ns + size > self._max_ns):
             policy = self.link.policy
             if policy == "block":
@@ -180,12 +171,12 @@ class Edge:
                 return True
             if not self._evict(size, newest=policy == "drop_newest"):
                 return False
-        items.append(chunk)
-        self._ns += size
+        items.append((chunk, size))
+        self._ns = ns = self._ns + size
         if len(items) > self._depth_max:
             self._depth_max = len(items)
-        if self._ns > self._ns_max:
-            self._ns_max = self._ns
+        if ns > self._ns_max:
+            self._ns_max = ns
         reader = self.reader
         if reader is not None and not reader.done():
             reader.set_result(None)
@@ -193,7 +184,8 @@ class Edge:
 
     async def put(self, chunk: Chunk) -> None:
         """``put_nowait``, waiting for room where the policy says so."""
-        while not self.put_nowait(chunk):
+        size = chunk.nanoseconds
+        while not self.put_nowait(chunk, size):
             await self.room()
 
     async def room(self) -> None:
@@ -216,11 +208,11 @@ class Edge:
             if self._error is not None:
                 raise self._error
             return None
-        chunk = items.popleft()
-        self._ns -= chunk.nanoseconds
+        chunk, size = items.popleft()
+        self._ns -= size
         self._passed += 1
         self.popped_at = now = self._now()
-        lag = now - chunk.end_seconds
+        lag = now - chunk.start / chunk.rate - size * 1e-9
         if lag < self._best:
             self._best = lag
         self._late = late = lag - self._best
@@ -237,7 +229,7 @@ class Edge:
     async def get(self) -> Chunk | None:
         """The oldest chunk, waiting for one; None when the edge has ended."""
         while (chunk := self.get_nowait()) is None:
-            if self._closed:
+            if self.closed:
                 return None
             self.reader = asyncio.get_running_loop().create_future()
             try:
@@ -252,15 +244,15 @@ class Edge:
         self._best = float("inf")
         if self.lasting:
             return
-        kept = [chunk for chunk in self._items if chunk.epoch >= epoch]
+        kept = [item for item in self._items if item[0].epoch >= epoch]
         self._dropped_stale += len(self._items) - len(kept)
         self._items = deque(kept)
-        self._ns = sum(chunk.nanoseconds for chunk in kept)
+        self._ns = sum(size for _, size in kept)
         self._wake_writers()
 
     def close(self, error: BaseException | None = None) -> None:
         """The producer has finished: the consumer gets what is queued, then the end, or ``error``."""
-        self._closed = True
+        self.closed = True
         self._error = self._error or error
         if self.reader is not None and not self.reader.done():
             self.reader.set_result(None)
@@ -268,7 +260,7 @@ class Edge:
 
     def abandon(self) -> None:
         """The consumer has finished: count what is queued and whatever still comes as unread."""
-        self._abandoned = True
+        self.abandoned = True
         self._dropped_unread += len(self._items)
         self._items.clear()
         self._ns = 0
@@ -294,10 +286,10 @@ class Edge:
         items = self._items
         while items and (len(items) >= self._max_items or self._ns + size > self._max_ns):
             order = range(len(items) - 1, -1, -1) if newest else range(len(items))
-            at = next((i for i in order if items[i].droppable), None)
+            at = next((i for i in order if items[i][0].droppable), None)
             if at is None:
                 return False
-            self._ns -= items[at].nanoseconds
+            self._ns -= items[at][1]
             del items[at]
             self._dropped_policy += 1
         return True

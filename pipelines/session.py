@@ -243,7 +243,7 @@ class Session:
             returns = [self.edges[c] for c in inner if c.source.stage in stages and c.link.feedback]
             self._loops.append((stages, entries, returns))
             for node in stages:
-                self._contexts[node].watched = True
+                self._contexts[node].looped = True
         if self._recorder is not None:
             self._recorder.begin(self)
 
@@ -301,7 +301,8 @@ class Session:
 
     def _idle(self, node: Stage) -> bool:
         context = self._contexts[node]
-        return context.ended or (bool(context.waiting) and not any(one.ready for one in context.waiting))
+        readers = context.readers.values()
+        return context.ended or (bool(readers) and not any(reader.done() for reader in readers))
 
     def _inlet(self, name: str | None) -> Outlet:
         inlets = {self.graph.names[node]: node for node in self._contexts if isinstance(node, Inlet)}
@@ -316,12 +317,13 @@ class Session:
 class Outlet:
     """One output port of a running stage: stamps what it emits and puts it on every edge of the port."""
 
-    __slots__ = ("_edge", "_record", "_seq", "_source", "context", "edges", "recorder")
+    __slots__ = ("_edge", "_now", "_record", "_seq", "_source", "context", "edges", "recorder")
 
     def __init__(self, context: Context, edges: tuple[Edge, ...]) -> None:
         self.context, self.edges = context, edges
         self.recorder: Callable[[Chunk], None] | None = None
         self._edge = edges[0]
+        self._now = context.clock.now
         self._record = context.session.trace.record
         self._seq = 0
         self._source = not context.stage.inputs
@@ -335,8 +337,7 @@ class Outlet:
         """Stamp the chunk and put it on the edges; False when some edge has to be awaited, with ``put_rest``."""
         if not isinstance(chunk, Chunk):
             raise TypeError(f"it yielded {chunk!r}: yield a chunk, or (port, chunk) from a stage with several outputs")
-        context = self.context
-        now = context.clock.now()
+        context, now, size = self.context, self._now(), chunk.nanoseconds
         if self._source:
             context.epoch, context.taken_at = context.session.epoch, now
         if chunk.epoch == UNSET:
@@ -344,23 +345,12 @@ class Outlet:
         if chunk.seq == UNSET:
             _set(chunk, "seq", self._seq)
             self._seq += 1
-        self._record(
-            (
-                context.name,
-                type(chunk).__name__,
-                chunk.seq,
-                chunk.epoch,
-                chunk.start,
-                chunk.duration,
-                chunk.rate,
-                context.taken_at,
-                now,
-            )
-        )
+        kind = type(chunk).__name__
+        self._record((context.name, kind, chunk.seq, chunk.epoch, chunk.start, size, chunk.rate, context.taken_at, now))
         if self.recorder is not None:
             self.recorder(chunk)
         if len(self.edges) == 1:
-            return self._edge.put_nowait(chunk)
+            return self._edge.put_nowait(chunk, size)
         return False
 
     async def put(self, chunk: Chunk) -> None:
@@ -401,7 +391,7 @@ async def _pump(work: AsyncGenerator[Chunk, None], outlet: Outlet) -> None:
         if not outlet.put_nowait(chunk):
             for edge in outlet.edges:
                 await edge.put(chunk)
-        if outlet.unwanted:
+        if outlet.edges[0].abandoned and outlet.unwanted:
             return
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Span(NamedTuple):
     """A stage took a chunk at ``taken`` and emitted this one at ``emitted`` (clock seconds).
 
-    start, duration: the emitted chunk's media time in units of ``1 / rate`` seconds.
+    start: the emitted chunk's media time in units of ``1 / rate`` seconds. nanoseconds: its duration.
     """
 
     stage: str
@@ -17,7 +17,7 @@ class Span(NamedTuple):
     seq: int
     epoch: int
     start: int
-    duration: int
+    nanoseconds: int
     rate: int
     taken: float
     emitted: float
