@@ -1,7 +1,8 @@
 """Prompts to be spoken: sentences picked from plain text files, written so that they read as they sound.
 
-A prompt is both what a synthesiser says and the transcript, so anything that could be read in two ways is either spelled
-out (whole numbers, years, ordinals, prices, percentages) or rejected (decimals, times, fractions, abbreviations, symbols).
+A prompt is both what a synthesiser says and the transcript, so anything that could be read in two ways is either
+spelled out (whole numbers, years, ordinals, prices, percentages) or rejected (decimals, times, fractions,
+abbreviations, symbols).
 """
 
 from __future__ import annotations
@@ -21,10 +22,23 @@ MIN_WORDS, MAX_WORDS = 3, 25
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(]*[A-Z])|\n+")
 _ASIDE = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _NUMBER = re.compile(
-    r"(?<![\w.,:/-])(\$?)(\d{1,3}(?:,\d{3})+|\d+)(st|nd|rd|th|%|)(?![\w%]|[.,:/-]\d)( (?:hundred|thousand|[mbtr]+illion)\b)?"
+    r"(?<![\w.,:/-])(\$?)(\d{1,3}(?:,\d{3})+|\d+)(st|nd|rd|th|%|)(?![\w%]|[.,:/-]\d)"
+    r"( (?:hundred|thousand|[mbtr]+illion)\b)?"
 )
 _TITLES = {"Mr.": "Mister", "Mrs.": "Missus", "Dr.": "Doctor"}
-_PLAIN = {"’": "'", "‘": "'", "“": '"', "”": '"', "—": ", ", "–": ", ", "--": ", ", " - ": ", ", "…": ".", "&": " and ", "`": "'"}
+_PLAIN = {
+    "\u2018": "'",  # single quotation marks
+    "\u2019": "'",
+    "`": "'",
+    "\u201c": '"',  # double quotation marks
+    "\u201d": '"',
+    "\u2013": ", ",  # dashes
+    "\u2014": ", ",
+    "--": ", ",
+    " - ": ", ",
+    "\u2026": ".",  # ellipsis
+    "&": " and ",
+}
 _ALLOWED = re.compile(r"[A-Za-z' ,.?!;:-]+")
 _ABBREVIATION = re.compile(r"\b(?:[A-Za-z]\.){2}|\b[A-Z]{2,}\b|\b(?:St|No|vs|etc|Gov|Sen|Gen|Rep|Hon|Prof|Jr|Sr|Mt)\.")
 _WORD = re.compile(r"[A-Za-z]+'?[A-Za-z]*")
@@ -50,7 +64,9 @@ def spell_numbers(text: str) -> str:
             spelled = num2words(value, to="year")
         else:
             spelled = num2words(value)
-        unit = " percent" if suffix == "%" else ((" dollar" if value == 1 and not scale else " dollars") if dollar else "")
+        unit = " percent" if suffix == "%" else ""
+        if dollar:
+            unit = " dollar" if value == 1 and not scale else " dollars"
         return str(spelled).replace("-", " ").replace(",", "") + scale + unit
 
     return _NUMBER.sub(words, text)
@@ -82,8 +98,8 @@ def sentences(path: Path) -> Iterator[str]:
 def build_prompts(paths: Sequence[Path], *, seed: int, exclude: Iterable[str] = ()) -> list[Prompt]:
     """All distinct prompts of the files, shuffled so that every stretch of the list mixes the sources.
 
-    A source's share falls towards the end of the list as small sources run out; at the start it goes with the square root
-    of its size. exclude: sentences that must not be spoken (a held-out corpus), compared by their words alone.
+    A source's share goes with the square root of its size at the start of the list; towards the end the small sources
+    run out. exclude: sentences that must not be spoken (a held-out corpus), compared by their words alone.
     """
     seen = {_key(text) for text in exclude}
     sources: dict[str, list[str]] = {}

@@ -192,16 +192,27 @@ def _speak(block: Block) -> Result:
 
 
 def run(
-    blocks: Sequence[Block], settings: Settings, devices: Sequence[str], workers: int, minutes: float | None, console: Console
+    blocks: Sequence[Block],
+    settings: Settings,
+    devices: Sequence[str],
+    workers: int,
+    minutes: float | None,
+    console: Console,
 ) -> list[Result]:
     """Speak all blocks that are not there yet with ``workers`` processes; start none after ``minutes``."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    results = [done for block in blocks if (done := finished(settings.out, block))]
+    results = [result for block in blocks if (result := finished(settings.out, block))]
     have = {result.block for result in results}
     todo = [block for block in blocks if block.name not in have]
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     context = multiprocessing.get_context("spawn")
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with (
         Progress(*columns, console=console) as progress,
         ProcessPoolExecutor(workers, context, Worker.start, (settings, list(devices), context.Value("i", 0))) as pool,
@@ -220,7 +231,8 @@ def run(
             for future in done:
                 result = future.result()
                 results.append(result)
-                progress.update(bar, advance=expected[result.block], note=f"{sum(r.seconds for r in results) / 3600:.2f} h")
+                hours = sum(result.seconds for result in results) / 3600
+                progress.update(bar, advance=expected[result.block], note=f"{hours:.2f} h")
     return results
 
 
@@ -238,14 +250,18 @@ def parse_weights(voices: str) -> dict[str, float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    args = argparse.ArgumentParser(prog="python -m antiphon.apps.train.synthesise", description=(__doc__ or "").split("\n")[0])
+    args = argparse.ArgumentParser(
+        prog="python -m antiphon.apps.train.synthesise", description=(__doc__ or "").partition("\n")[0]
+    )
     args.add_argument("--texts", nargs="+", type=Path, required=True, metavar="FILE", help="plain text to read aloud")
-    args.add_argument("--exclude", nargs="*", type=Path, default=[], metavar="FILE", help="sentences never to read: a held-out corpus")
+    args.add_argument(
+        "--exclude", nargs="*", type=Path, default=[], metavar="FILE", help="text never to read: a held-out corpus"
+    )
     args.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     args.add_argument("--hours", type=float, required=True, help="length of all speech together (about)")
-    args.add_argument("--voices", type=parse_weights, default="hibari", help="teachers and weights, such as hibari,kokoro:4")
-    args.add_argument("--kokoro", type=Path, metavar="DIR", help="Kokoro's packed weights (antiphon.apps.train.voices.pack)")
-    args.add_argument("--device", default="cpu", help="cpu, cuda:0, or several with commas (hibari always uses the CPU)")
+    args.add_argument("--voices", type=parse_weights, default="hibari", help="teachers and weights: hibari,kokoro:4")
+    args.add_argument("--kokoro", type=Path, metavar="DIR", help="what antiphon.apps.train.voices.pack wrote")
+    args.add_argument("--device", default="cpu", help="cpu, or cuda:0,cuda:1 (hibari always uses the CPU)")
     args.add_argument("--workers", type=int, default=1, help="processes")
     args.add_argument("--block", type=int, default=512, help="utterances a shard")
     args.add_argument("--minutes", type=float, help="start no block after this long; run again to go on")
@@ -257,7 +273,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     console = Console()
-    prompts = build_prompts(args.texts, seed=args.seed, exclude=[text for path in args.exclude for text in sentences(path)])
+    held_out = [text for path in args.exclude for text in sentences(path)]
+    prompts = build_prompts(args.texts, seed=args.seed, exclude=held_out)
     blocks = plan(prompts, args.voices, args.hours, args.block)
     console.print(f"{len(prompts):,} prompts; {len(blocks)} blocks of {args.block} utterances")
     settings = Settings(args.out, args.kokoro, args.seed, args.perturb)
@@ -272,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds, busy = sum(result.seconds for result in own), sum(result.took for result in own)
         pace = f", {seconds / busy:.0f} x real time a process" if busy else ""
         console.print(f"{teacher}: {sum(result.clips for result in own):,} clips, {seconds / 3600:.2f} h{pace}")
-    console.print(f"rejected: {dict(rejected) or 'none'}; {len(results)} of {len(blocks)} blocks are there; this run took {took:.0f} s")
+    console.print(f"rejected: {dict(rejected) or 'none'}")
+    console.print(f"{len(results)} of {len(blocks)} blocks are there; this run took {took:.0f} s")
 
 
 if __name__ == "__main__":

@@ -46,5 +46,6 @@ class HibariTeacher:
     def speak(self, lines: Sequence[Line]) -> list[torch.Tensor]:
         read = phonemiser(british=False)
         return [
-            torch.from_numpy(self._model.from_phonemes(read(line.text), speed=line.speed, seed=line.seed)) for line in lines
+            torch.from_numpy(self._model.from_phonemes(read(line.text), speed=line.speed, seed=line.seed))
+            for line in lines
         ]

@@ -1,9 +1,9 @@
 """Kokoro-82M (StyleTTS 2 prosody and text encoders, iSTFTNet vocoder) for many utterances at once.
 
 Follows the published network (Apache-2.0; package ``kokoro`` 0.9.4: model.py, modules.py, istftnet.py; StyleTTS 2,
-arXiv:2306.07691; iSTFTNet, arXiv:2203.02395) with its parameter names, weight norms folded. The published code speaks one
-utterance at a time; here rows are padded and every operation that mixes time (convolutions, instance norms, recurrences,
-the windows at the signal's ends) sees only a row's own frames, so a row sounds as it would alone.
+arXiv:2306.07691; iSTFTNet, arXiv:2203.02395), weight norms folded. The published code speaks one utterance at a time;
+here rows are padded and every operation that mixes time (convolutions, instance norms, recurrences, the windows at the
+signal's ends) sees only a row's own frames, so a row sounds as it would alone.
 
 Rates: a duration unit is one frame of 600 samples at 24 kHz; pitch and energy have two values a frame.
 """
@@ -50,16 +50,17 @@ class Span:
         return cls(lengths, frame_mask(lengths, size)[:, None].float())
 
 
-class Recurrence(nn.LSTM):
+class Recurrence(nn.Module):
     """A bidirectional LSTM layer that runs each row over its own length."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(size, HIDDEN // 2, batch_first=True, bidirectional=True)
+        super().__init__()
+        self.lstm = nn.LSTM(size, HIDDEN // 2, batch_first=True, bidirectional=True)
 
-    def over(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """x [B, T, size], lengths [B] -> [B, T, 512], zeros outside."""
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        out, _ = pad_packed_sequence(self(packed)[0], batch_first=True, total_length=x.shape[1])
+        out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
         return out
 
 
@@ -85,8 +86,8 @@ class Albert(nn.Module):
         """tokens [B, L] -> [B, L, 768]."""
         count = tokens.shape[1]
         keys = frame_mask(lengths, count)[:, None, None]
-        x = self.word(tokens) + self.position.weight[:count] + self.kind.weight[0]
-        x = self.widen(self.norm(x))
+        symbols = self.word(tokens) + self.position.weight[:count] + self.kind.weight[0]
+        x: torch.Tensor = self.widen(self.norm(symbols))
         for _ in range(self.layers):
             query, key, value = (
                 part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
@@ -105,14 +106,15 @@ class TextEncoder(nn.Module):
         self.embedding = nn.Embedding(SYMBOLS, HIDDEN)
         self.cnn = nn.ModuleList(nn.Conv1d(HIDDEN, HIDDEN, 5, padding=2) for _ in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
-        self.lstm = Recurrence(HIDDEN)
+        self.recurrence = Recurrence(HIDDEN)
 
     def forward(self, tokens: torch.Tensor, span: Span) -> torch.Tensor:
         """tokens [B, L] -> [B, L, 512]."""
         x = self.embedding(tokens).transpose(1, 2) * span.mask
         for conv, norm in zip(self.cnn, self.norms, strict=True):
             x = F.leaky_relu(norm(conv(x).transpose(1, 2)), 0.2).transpose(1, 2) * span.mask
-        return self.lstm.over(x.transpose(1, 2), span.lengths)
+        out: torch.Tensor = self.recurrence(x.transpose(1, 2), span.lengths)
+        return out
 
 
 class AdaLayerNorm(nn.Module):
@@ -124,7 +126,7 @@ class AdaLayerNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
         gamma, beta = self.fc(style)[:, None].chunk(2, -1)
-        return (1 + gamma) * F.layer_norm(x, (HIDDEN,)) + beta
+        return torch.addcmul(beta, F.layer_norm(x, (HIDDEN,)), 1 + gamma)
 
 
 class AdaIN(nn.Module):
@@ -150,7 +152,7 @@ class AdaINBlock(nn.Module):
     def __init__(self, size_in: int, size_out: int, double: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2 = AdaIN(size_in), AdaIN(size_out)
-        self.pool = nn.ConvTranspose1d(size_in, size_in, 3, 2, groups=size_in, padding=1, output_padding=1) if double else None
+        self.pool = nn.ConvTranspose1d(size_in, size_in, 3, 2, 1, 1, groups=size_in) if double else None
         self.conv1 = nn.Conv1d(size_in, size_out, 3, padding=1)
         self.conv2 = nn.Conv1d(size_out, size_out, 3, padding=1)
         self.conv1x1 = nn.Conv1d(size_in, size_out, 1, bias=False) if size_in != size_out else None
@@ -164,11 +166,11 @@ class AdaINBlock(nn.Module):
         y = self.conv1(y) * after.mask
         y = self.conv2(F.leaky_relu(self.norm2(y, style, after), 0.2) * after.mask)
         x = self.conv1x1(x) if self.conv1x1 is not None else x
-        return (x + y) * (after.mask * math.sqrt(0.5))
+        return torch.add(x, y) * (after.mask * math.sqrt(0.5))
 
 
 class SnakeBlock(nn.Module):
-    """Three pairs of dilated convolutions with AdaIN and snake activations (x + sin(ax)^2 / a), each around a shortcut."""
+    """Three pairs of convolutions, AdaIN and snake activations (x + sin(ax)^2 / a), each pair around a shortcut."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ class Generator(nn.Module):
         self.source = Source()
         self.noise_convs = nn.ModuleList([nn.Conv1d(bins, 256, 12, 6, padding=3), nn.Conv1d(bins, 128, 1)])
         self.noise_res = nn.ModuleList([SnakeBlock(256, 7), SnakeBlock(128, 11)])
-        self.ups = nn.ModuleList([nn.ConvTranspose1d(512, 256, 20, 10, padding=5), nn.ConvTranspose1d(256, 128, 12, 6, padding=3)])
+        self.ups = nn.ModuleList([nn.ConvTranspose1d(512, 256, 20, 10, 5), nn.ConvTranspose1d(256, 128, 12, 6, 3)])
         self.resblocks = nn.ModuleList(SnakeBlock(channels, width) for channels in (256, 128) for width in (3, 7, 11))
         self.conv_post = nn.Conv1d(128, bins, 7, padding=3)
         self.register_buffer("window", torch.hann_window(_N_FFT), persistent=False)
@@ -297,7 +299,7 @@ class Generator(nn.Module):
 def _overlap_add(frames: torch.Tensor) -> torch.Tensor:
     """[B, T, 20] frames, 5 samples apart -> [B, 5 (T + 3)]."""
     batch, count, _ = frames.shape
-    parts = frames.unflatten(-1, (_N_FFT // _HOP, _HOP))
+    parts = frames.view(batch, count, _N_FFT // _HOP, _HOP)
     out = frames.new_zeros(batch, count + _N_FFT // _HOP - 1, _HOP)
     for shift in range(_N_FFT // _HOP):
         out[:, shift : shift + count] += parts[:, :, shift]
@@ -335,7 +337,8 @@ class Kokoro(nn.Module):
         self.text_encoder = TextEncoder()
         self.shared = Recurrence(HIDDEN + STYLE)
         self.pitch, self.energy = (
-            nn.ModuleList([AdaINBlock(512, 512), AdaINBlock(512, 256, double=True), AdaINBlock(256, 256)]) for _ in range(2)
+            nn.ModuleList([AdaINBlock(512, 512), AdaINBlock(512, 256, double=True), AdaINBlock(256, 256)])
+            for _ in range(2)
         )
         self.pitch_proj, self.energy_proj = nn.Conv1d(256, 1, 1), nn.Conv1d(256, 1, 1)
         self.pitch_conv, self.energy_conv = (nn.Conv1d(1, 1, 3, 2, padding=1) for _ in range(2))
@@ -353,23 +356,24 @@ class Kokoro(nn.Module):
         manner = style[:, None, STYLE:].expand(-1, tokens.shape[1], -1)
         x = torch.cat([self.bert_encoder(self.bert(tokens, lengths)), manner], -1) * inside
         for lstm, norm in zip(self.duration_lstms, self.duration_norms, strict=True):
-            x = torch.cat([norm(lstm.over(x, lengths), style[:, STYLE:]), manner], -1) * inside
-        length = torch.sigmoid(self.duration_proj(self.duration_lstm.over(x, lengths))).sum(-1) / speed[:, None]
+            x = torch.cat([norm(lstm(x, lengths), style[:, STYLE:]), manner], -1) * inside
+        length = torch.sigmoid(self.duration_proj(self.duration_lstm(x, lengths))).sum(-1) / speed[:, None]
         durations = length.round().clamp_min(1).long() * inside[..., 0].long()
         return Prosody(x, self.text_encoder(tokens, span), durations)
 
     def voice(self, prosody: Prosody, style: torch.Tensor, seeds: Sequence[int] | None = None) -> torch.Tensor:
-        """-> samples [B, 600 F] at 24 kHz, zeros after a row's end. seeds: of each row's source noise; None: no noise."""
+        """-> samples [B, 600 F] at 24 kHz, zeros after a row's end. seeds: the rows' source noise; None: no noise."""
         frames = prosody.frames
         size = int(frames.max())
         span, double = Span.of(frames, size), Span.of(2 * frames, 2 * size)
         at = torch.arange(size, device=frames.device).expand(len(frames), -1).contiguous()
-        token = torch.searchsorted(prosody.durations.cumsum(1), at, right=True).clamp_max(prosody.durations.shape[1] - 1)
+        last = prosody.durations.shape[1] - 1
+        token = torch.searchsorted(prosody.durations.cumsum(1), at, right=True).clamp_max(last)
         inside = span.mask.transpose(1, 2)
         manner, timbre = style[:, STYLE:], style[:, :STYLE]
 
         x = _pick(prosody.prosodic, token) * inside
-        x = self.shared.over(x, frames).transpose(1, 2)
+        x = self.shared(x, frames).transpose(1, 2)
         pitch, energy = x, x
         for index, after in enumerate((span, double, double)):
             before = span if index < 2 else double
@@ -385,7 +389,8 @@ class Kokoro(nn.Module):
         for index, block in enumerate(self.decode):
             after = double if index == 3 else span
             x = block(torch.cat([x, residue, curves], 1), timbre, span, after)
-        return self.generator(x, timbre, pitch[:, 0], double, seeds)
+        samples: torch.Tensor = self.generator(x, timbre, pitch[:, 0], double, seeds)
+        return samples
 
 
 def _pick(features: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The Kokoro teacher: many voices, and random blends of two, spoken in large batches on a GPU (or slowly on the CPU)."""
+"""The Kokoro teacher: many voices, and random blends of two, in large batches on a GPU (or slowly on the CPU)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _BLEND = re.compile(r"(\w+)\*([\d.]+)\+(\w+)")
 class KokoroTeacher:
     """A voice is a style table's name, such as ``af_heart``, or a blend: ``af_heart*0.35+am_adam``.
 
-    The first letter of a table's name is its accent: ``a`` American and ``b`` British.
+    The first letter of a table's name is its speaker's language. ``b`` reads British phonemes; all others read American
+    ones, the speakers of other languages with an accent of their own.
     """
 
     name = "kokoro"
@@ -35,7 +36,7 @@ class KokoroTeacher:
     def __init__(self, folder: Path, device: torch.device) -> None:
         """folder: what voices.pack wrote."""
         self.device = device
-        self.styles = {name: table.float() for name, table in load_file(folder / STYLES).items() if name[0] in "ab"}
+        self.styles = {name: table.float() for name, table in load_file(folder / STYLES).items()}
         model = Kokoro()
         model.load_state_dict(unpack(folder))
         self.model = model.to(device).eval().requires_grad_(False)
@@ -44,9 +45,9 @@ class KokoroTeacher:
             torch.backends.cudnn.allow_tf32 = True
 
     def draw(self, rng: random.Random) -> str:
-        """One voice a third of the time, else a blend of two with the same accent."""
+        """One voice a third of the time, else a blend of two that read the same phonemes."""
         first = rng.choice(sorted(self.styles))
-        others = [name for name in sorted(self.styles) if name[0] == first[0] and name != first]
+        others = [name for name in sorted(self.styles) if (name[0] == "b") == (first[0] == "b") and name != first]
         if rng.random() < 1 / 3:
             return first
         return f"{first}*{rng.uniform(0.2, 0.8):.2f}+{rng.choice(others)}"

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-PART_BYTES = 50 * 2**20
+PART_BYTES = 45 * 2**20
 STYLES = "styles.safetensors"
 
 # Published parameter names -> names in kokoro.py; applied in order.
@@ -40,6 +40,7 @@ _NAMES = (
     (r"^text_encoder\.cnn\.(\d)\.0\.", r"text_encoder.cnn.\1."),
     (r"^text_encoder\.cnn\.(\d)\.1\.gamma", r"text_encoder.norms.\1.weight"),
     (r"^text_encoder\.cnn\.(\d)\.1\.beta", r"text_encoder.norms.\1.bias"),
+    (r"^text_encoder\.lstm\.", "text_encoder.recurrence."),
     (r"^lstm\.", "duration_lstm."),
     (r"^duration_proj\.linear_layer\.", "duration_proj."),
     (r"^F0\.", "pitch."),
@@ -63,7 +64,7 @@ def rename(name: str) -> str:
 
 
 def owner(path: str) -> str:
-    """The module of a graph node: ``/encoder/text_encoder/cnn.0/cnn.0.0/Conv_quant`` -> ``encoder.text_encoder.cnn.0.0``."""
+    """A graph node's module: ``/encoder/text_encoder/cnn.0/cnn.0.0/Conv_quant`` -> ``encoder.text_encoder.cnn.0.0``."""
     parts: list[str] = []
     for part in path.strip("/").split("/")[:-1]:
         if parts and part.startswith(parts[-1] + "."):
@@ -104,9 +105,9 @@ def read_onnx(data: bytes) -> dict[str, torch.Tensor]:
                 for kind, codes, scale in (("ih", names[1], names[8]), ("hh", names[2], names[10])):
                     zero = arrays[names[names.index(scale) + 1]][direction]
                     matrix = lstm_order(arrays[codes][direction].T)
-                    put(f"{module}weight_{kind}_l0{suffix}", matrix, arrays[scale][direction], zero)
+                    put(f"{module}lstm.weight_{kind}_l0{suffix}", matrix, arrays[scale][direction], zero)
                 for kind, bias in zip(("ih", "hh"), np.split(arrays[names[3]][direction], 2), strict=True):
-                    put(f"{module}bias_{kind}_l0{suffix}", lstm_order(bias))
+                    put(f"{module}lstm.bias_{kind}_l0{suffix}", lstm_order(bias))
         elif node.op_type == "DequantizeLinear":
             # an embedding: the codes were gathered before
             stem = node.input[1].removesuffix("_scale")
@@ -128,11 +129,9 @@ def read_onnx(data: bytes) -> dict[str, torch.Tensor]:
 
 def unpack(folder: Path) -> dict[str, torch.Tensor]:
     """Float32 parameters from packed files. Raises FileNotFoundError when there are none."""
-    from safetensors.torch import load_file
-
     files = sorted(folder.glob("weights-*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no weights-*.safetensors: make it with antiphon.apps.train.voices.pack")
+        raise FileNotFoundError(f"{folder} holds no weights-*.safetensors: make it with voices.pack")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         tensors |= load_file(file)
@@ -148,7 +147,7 @@ def unpack(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def pack(onnx_parts: Sequence[Path], styles: Path, out: Path) -> list[Path]:
-    """Write weights-0.safetensors, weights-1.safetensors, ... (each under 50 MiB) and styles.safetensors (float16)."""
+    """Write weights-0.safetensors, weights-1.safetensors, ... (each under 45 MiB) and styles.safetensors (float16)."""
     tables = sorted(styles.glob("*.bin"))
     if not tables:
         raise FileNotFoundError(f"{styles} holds no style tables (*.bin)")
@@ -175,7 +174,9 @@ def pack(onnx_parts: Sequence[Path], styles: Path, out: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = argparse.ArgumentParser(prog="python -m antiphon.apps.train.voices.pack", description=(__doc__ or "").split("\n")[0])
+    args = argparse.ArgumentParser(
+        prog="python -m antiphon.apps.train.voices.pack", description=(__doc__ or "").partition("\n")[0]
+    )
     args.add_argument("--onnx", nargs="+", type=Path, required=True, metavar="FILE")
     args.add_argument("--styles", type=Path, required=True, metavar="DIR")
     args.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 CLIP_RATE = 16_000
 PLAIN = (2, 3)  # 24 kHz -> 16 kHz
-# Output over input samples; against 2/3 these scale pitch, formants and tempo together by 0.90, 0.93, 0.97, 1, 1.03, 1.07 and 1.10.
+# Output over input samples. Beside 2/3 these scale pitch, formants and tempo by 0.90, 0.93, 0.97, 1, 1.03, 1.07, 1.10.
 PERTURBED = ((20, 27), (5, 7), (20, 29), PLAIN, (20, 31), (5, 8), (20, 33))
 
 _ZEROS = 16  # zero crossings of the interpolation kernel on either side
@@ -26,7 +26,8 @@ def _kernel(up: int, down: int) -> tuple[torch.Tensor, int]:
     """Windowed-sinc polyphase filters [up, 1, taps] for input samples -reach .. reach + down around each group."""
     scale = _CUTOFF * min(1.0, up / down)
     reach = math.ceil(_ZEROS / scale)
-    lag = torch.arange(-reach, reach + down, dtype=torch.float64) - torch.arange(up, dtype=torch.float64)[:, None] * down / up
+    phase = torch.arange(up, dtype=torch.float64)[:, None] * down / up
+    lag = torch.arange(-reach, reach + down, dtype=torch.float64) - phase
     window = torch.cos(lag.clamp(-reach, reach) * math.pi / (2 * reach)) ** 2
     return (torch.sinc(lag * scale) * window * scale).float()[:, None], reach
 
