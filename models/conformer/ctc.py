@@ -30,7 +30,7 @@ class CTCHead(nn.Module):
     def decode(
         self, frames: Tensor, valid: Tensor, state: State, slots: Tensor, active: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """frames ``[B, n, d]``, valid ``[B, n]`` -> tokens, times ``[B, n]``, count ``[B]`` as ``Transducer.decode``."""
+        """frames ``[B, n, d]``, valid ``[B, n]`` -> tokens, times ``[B, n]``, count ``[B]`` like ``Transducer``."""
         rows, steps = valid.shape
         before = state["ctc.label"].index_select(0, slots)
         labels = torch.where(valid, self(frames).argmax(-1), self.blank)
