@@ -104,11 +104,21 @@ class Audio(Chunk):
         return count
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Text(_Timed):
-    """Words, with the span of media they were said in (or are to be). ``final`` closes an utterance."""
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word, and the seconds of media in which it was said."""
 
     text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Text(_Timed):
+    """Text, with the span of media it was said in (or is to be), by word where known. ``final`` closes an utterance."""
+
+    text: str
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
