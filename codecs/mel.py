@@ -181,10 +181,10 @@ class LogMel(nn.Module):
         return mel[:, :frames], lengths
 
     def state_spec(self) -> Specs:
-        """``mel_tail``: the samples before the next block. ``mel_position``: the next block's first sample."""
+        """``mel.tail``: the samples before the next block. ``mel.position``: the next block's first sample."""
         return {
-            "mel_tail": TensorSpec((self.config.history,)),
-            "mel_position": TensorSpec((), torch.int64, -self.config.lead_samples),
+            "mel.tail": TensorSpec((self.config.history,), self.window.dtype),
+            "mel.position": TensorSpec((), torch.int64, -self.config.lead_samples),
         }
 
     def step(
@@ -203,11 +203,11 @@ class LogMel(nn.Module):
         unit = config.block(0)
         if pcm.shape[1] == 0 or pcm.shape[1] % unit:
             raise ValueError(f"a mel block must be a multiple of {unit} samples, got {pcm.shape[1]}")
-        tail, position = state["mel_tail"][slots], state["mel_position"][slots]
+        tail, position = state["mel.tail"][slots], state["mel.position"][slots]
         samples = torch.cat([tail, pcm.to(tail.dtype)], dim=1)
         result = self._features(samples, position - config.history, audio_end)
-        state["mel_tail"][slots] = torch.where(active[:, None], samples[:, -config.history :], tail)
-        state["mel_position"][slots] = torch.where(active, position + pcm.shape[1], position)
+        state["mel.tail"][slots] = torch.where(active[:, None], samples[:, -config.history :], tail)
+        state["mel.position"][slots] = torch.where(active, position + pcm.shape[1], position)
         return result
 
     def _features(self, samples: Tensor, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
