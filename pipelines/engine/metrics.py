@@ -40,7 +40,7 @@ class Window:
         self._values[start : start + first] = kept[:first]
         self._values[: len(kept) - first] = kept[first:]
         self.count += len(values)
-        self.max = max(self.max, *values) if len(values) > 1 else max(self.max, values[0])
+        self.max = max(self.max, float(max(values)))
 
     def quantile(self, q: float) -> float:
         """The ``q`` quantile of the window; 0 when nothing was recorded."""
@@ -83,7 +83,7 @@ class LaneMetrics:
         self.rows += rows
         self.padded_rows += bucket
         self.lateness.extend(lateness)
-        self.late += sum(late > 0 for late in lateness)
+        self.late += int(np.count_nonzero(np.asarray(lateness) > 0))
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers, seconds where they are times."""

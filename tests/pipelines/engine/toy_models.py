@@ -6,9 +6,8 @@ from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from antiphon.models.streaming import Specs, State, StreamingModel, TensorSpec
+from torch import Tensor, nn
 
 WIDTH, HEADS, RING, KERNEL = 64, 4, 12, 5
 

@@ -1,0 +1,134 @@
+"""Graph replays against eager steps, and the engine's promises, on a CUDA device."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
+from toy_models import WIDTH, Breaks, Solver, Toy
+
+pytestmark = pytest.mark.gpu
+
+CHUNKS = 20
+NOISE = np.random.default_rng(0).standard_normal((8, CHUNKS, 3, WIDTH)).astype(np.float32)
+
+
+def chunk(session: int, index: int, frames: int = 1) -> dict[str, object]:
+    return {"frames": NOISE[session, index, :frames], "gain": 0.5 + session}
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("bucket", [4, 8])
+def test_a_replayed_graph_equals_the_eager_step(frames: int, bucket: int) -> None:
+    model = Toy().cuda().eval()
+    with Engine("cuda") as engine:
+        engine.add("toy", model, slots=8, buckets=(bucket,), variants=(frames,))
+        leases = [engine.open_sync("toy") for _ in range(4)]
+        store = SlotStore(model, 8, "cuda")
+        slots = torch.tensor([lease.slot.row for lease in leases] + [8] * (bucket - 4), device="cuda")
+        active = torch.tensor([True] * 4 + [False] * (bucket - 4), device="cuda")
+        for index in range(CHUNKS):
+            rows = engine.run_sync([(lease, chunk(number, index, frames)) for number, lease in enumerate(leases)])
+            inputs = {
+                "frames": torch.zeros(bucket, frames, WIDTH),
+                "gain": torch.ones(bucket),
+            }
+            for number in range(4):
+                inputs["frames"][number] = torch.from_numpy(NOISE[number, index, :frames])
+                inputs["gain"][number] = 0.5 + number
+            inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+            with torch.inference_mode():
+                eager = model.step(inputs, store.state, slots, active)
+            for number, row in enumerate(rows):
+                assert row["frames"].device.type == "cpu"
+                for name in row:
+                    assert torch.equal(row[name], eager[name][number].cpu()), (name, number, index)
+        for number, lease in enumerate(leases):
+            snapshot = lease.snapshot_sync()
+            for name in snapshot:
+                assert torch.equal(snapshot[name], store.state[name][lease.slot.row].cpu()), (name, number)
+
+
+def test_alone_equals_together_in_one_bucket() -> None:
+    def play(sessions: list[int]) -> list[list[torch.Tensor]]:
+        with Engine("cuda") as engine:
+            engine.add("toy", Toy(), slots=8, buckets=(8,), variants=(1,))
+            leases = [engine.open_sync("toy") for _ in sessions]
+            heard: list[list[torch.Tensor]] = [[] for _ in sessions]
+            for index in range(CHUNKS):
+                chunks = [(lease, chunk(number, index)) for number, lease in zip(sessions, leases, strict=True)]
+                for place, row in enumerate(engine.run_sync(chunks)):
+                    heard[place].append(row["frames"])
+            return heard
+
+    together = play(list(range(8)))
+    for session in (0, 5):
+        alone = play([session])[0]
+        assert all(torch.equal(a, b) for a, b in zip(alone, together[session], strict=True))
+
+
+def test_buckets_agree_closely_and_snapshots_move() -> None:
+    with Engine("cuda") as engine, Engine("cuda") as other:
+        engine.add("toy", Toy(), slots=8, buckets=(4, 8), variants=(1,))
+        other.add("toy", Toy(), slots=3, buckets=(4,), variants=(1,))
+        lease = engine.open_sync("toy")
+        for index in range(10):
+            lease.step_sync(chunk(3, index))
+        other.open_sync("toy")
+        moved = other.open_sync("toy")
+        moved.restore(lease.pack(lease.snapshot_sync()))
+        crowd = [engine.open_sync("toy") for _ in range(7)]
+        for index in range(10, CHUNKS):
+            ours = engine.run_sync([(lease, chunk(3, index)), *((one, chunk(1, index)) for one in crowd)])[0]
+            theirs = moved.step_sync(chunk(3, index))
+            assert torch.equal(ours["count"], theirs["count"])
+            torch.testing.assert_close(ours["frames"], theirs["frames"], rtol=1e-4, atol=1e-5)
+
+
+def test_slices_and_two_batches_in_flight() -> None:
+    async def main() -> None:
+        with Engine("cuda") as engine:
+            engine.add("solver", Solver(), slots=4, tick=0.0)
+            engine.add("toy", Toy(), slots=8, variants=(1, 3), tick=0.0)
+
+            async def solve(number: int) -> None:
+                lease = await engine.open("solver")
+                total = 0
+                for index in range(50):
+                    total += 4 * (index + number)
+                    row = await lease.step({"x": np.float32([index + number])})
+                    assert row["sum"].item() == total
+
+            async def listen(number: int, frames: int) -> None:
+                lease = await engine.open("toy", frames)
+                for index in range(50):
+                    row = await lease.step(chunk(number, index % CHUNKS, frames))
+                    assert row["count"][-1].item() == frames * (index + 1)
+
+            await asyncio.gather(*map(solve, range(4)), *(listen(number, 1 + 2 * (number % 2)) for number in range(8)))
+            metrics = engine.metrics()
+            assert metrics["counts"]["failed"] == 0
+            assert all(times["median"] > 0 for times in metrics["models"]["toy"]["variants"][1]["steps"].values())
+
+    asyncio.run(main())
+
+
+def test_a_step_that_syncs_cannot_be_captured_and_says_so() -> None:
+    with Engine("cuda") as engine:
+        with pytest.raises(RuntimeError):
+            engine.add("breaks", Breaks(), slots=1)
+        engine.add("toy", Toy(), slots=1, variants=(1,))
+        assert engine.open_sync("toy").step_sync(chunk(0, 0))["count"].tolist() == [1]
+
+
+def test_an_eager_error_reaches_its_batch() -> None:
+    class Bad(Toy):
+        def step(self, inputs, state, slots, active):
+            raise ValueError("no")
+
+    with Engine("cuda") as engine, pytest.raises(ValueError, match="no"):
+        engine.add("bad", Bad(), slots=1)
+    assert issubclass(StepFailed, RuntimeError)
