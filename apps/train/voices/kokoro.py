@@ -209,18 +209,18 @@ class Source(nn.Module):
         weight = self.linear.weight[0]
         # The phase runs straight between the middles of the pitch intervals and stands still before the first and after
         # the last, so each half of an interval has one slope. Cycles are summed in float64 and reduced before use.
-        offset = (torch.arange(PITCH_HOP, device=pitch.device) + 0.5) / PITCH_HOP - 0.5
+        offset = (torch.arange(PITCH_HOP, device=pitch.device, dtype=pitch.dtype) + 0.5) / PITCH_HOP - 0.5
         first, second = offset[: PITCH_HOP // 2], offset[PITCH_HOP // 2 :]
-        tone = torch.zeros(*pitch.shape, PITCH_HOP, device=pitch.device)
+        tone = pitch.new_zeros(*pitch.shape, PITCH_HOP)
         for harmonic in range(_HARMONICS):
             cycles = torch.remainder(pitch * (harmonic + 1) / _RATE, 1.0)
             steps = cycles * PITCH_HOP
-            start = (torch.cumsum(cycles.double(), 1) * PITCH_HOP).frac().float()[..., None]
+            start = (torch.cumsum(cycles.double(), 1) * PITCH_HOP).frac().to(pitch.dtype)[..., None]
             before = F.pad(steps[:, 1:], (1, 0))[..., None]
             after = F.pad(steps[:, 1:], (0, 1))[..., None]
             phase = torch.cat([start + first * before, start + second * after], -1)
             tone.addcmul_(torch.sin(phase.mul_(2 * math.pi)), weight[harmonic])
-        voiced = (pitch > _VOICED_ABOVE).float()[..., None]
+        voiced = (pitch > _VOICED_ABOVE).to(pitch.dtype)[..., None]
         tone = _SINE * tone * voiced
         if seeds is not None:
             spread = torch.linalg.vector_norm(weight) * (voiced * _VOICED_NOISE + (1 - voiced) * (_SINE / 3))
