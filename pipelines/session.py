@@ -64,6 +64,7 @@ class Session:
         self.graph, self.engine = graph, engine
         self.id = id or uuid.uuid4().hex[:8]
         self.epoch = 0
+        self.began = 0.0  # clock time of the start
         self.heard: Heard | None = None
         self.trace = Trace(trace)
         self.counters: Counter[str] = Counter()
@@ -92,10 +93,10 @@ class Session:
     async def __aenter__(self) -> Session:
         if self._supervisor is not None:
             raise RuntimeError("a session runs once: make another with graph.session(...)")
+        self.began = self.clock.now()
         self._build()
         for node, context in self._contexts.items():
-            if not isinstance(node, Inlet):
-                self._start(context, _drive(context, self._inputs[node], self._outlets[node]))
+            self._start(context, _drive(context, self._inputs[node], self._outlets[node]))
         self._supervisor = asyncio.create_task(self._supervise(), name=f"session {self.id}")
         return self
 
@@ -149,6 +150,7 @@ class Session:
         for node in self._contexts:
             if isinstance(node, Inlet) and to in (None, self.graph.names[node]):
                 self._outlets[node]["out"].close()
+                self._contexts[node].finished.set()
         self.settle()
 
     def interrupt(self) -> int:

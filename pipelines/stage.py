@@ -191,6 +191,7 @@ class Context:
         self.taken_at = self.clock.now()
         self.blocking: tuple[Edge, ...] = ()  # the output edges that must have room before a chunk is handed over
         self.ended = False
+        self.finished = asyncio.Event()  # of an inlet: nothing more will be sent
         self.looped = False  # in a feedback loop: the session needs to know when this stage waits
         self.readers: dict[object, asyncio.Future[None]] = {}  # in a loop: what each of its tasks waits or waited for
 
@@ -347,4 +348,5 @@ class Inlet(Stage):
     outputs = ("out",)
 
     async def run(self, ctx: Context) -> None:
-        """Never called: the session puts what it is sent straight into the output."""
+        """Only waits for the end: the session puts what it is sent straight into the output."""
+        await ctx.finished.wait()

@@ -237,3 +237,14 @@ def test_a_stage_name_is_taken_once() -> None:
 
     with pytest.raises(ValueError, match=r"stage name 'tone' is taken by .*test_graph.tone"):
         stage(name="tone")(other)
+
+
+def test_an_inlet_alone_stays_open_until_it_is_finished() -> None:
+    async def main() -> list[str]:
+        async with Inlet().session() as session:
+            await session.clock.sleep(1.0)
+            await session.send(Text("late", rate=1))
+            session.finish()
+            return [chunk.text async for chunk in session.outputs()]
+
+    assert run_virtual(main()) == ["late"]

