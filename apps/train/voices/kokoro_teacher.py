@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import Line
 from .hibari import phonemiser, symbols
 from .kokoro import FRAME, MAX_TOKENS, Kokoro, Prosody
-from .pack import STYLES, unpack
+from .packed import STYLES, unpack
 
 # Padded frames (25 ms) of one batch: about 15 MiB of GPU memory a second of speech; a CPU gains nothing from batches.
 _BATCH_FRAMES = {"cuda": 16_000}

@@ -18,10 +18,11 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from .packed import STYLES
 
 PART_BYTES = 45 * 2**20
-STYLES = "styles.safetensors"
 
 # Published parameter names -> names in kokoro.py; applied in order.
 _NAMES = (
@@ -125,25 +126,6 @@ def read_onnx(data: bytes) -> dict[str, torch.Tensor]:
             else:
                 put(name, array)
     return tensors
-
-
-def unpack(folder: Path) -> dict[str, torch.Tensor]:
-    """Float32 parameters from packed files. Raises FileNotFoundError when there are none."""
-    files = sorted(folder.glob("weights-*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no weights-*.safetensors: make it with voices.pack")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors |= load_file(file)
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith((".scale", ".zero")):
-            continue
-        value = tensor.float()
-        if (scale := tensors.get(f"{name}.scale")) is not None:
-            value = (value - tensors[f"{name}.zero"].float()) * scale
-        out[name] = value
-    return out
 
 
 def pack(onnx_parts: Sequence[Path], styles: Path, out: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from antiphon.apps.train import synthesise
 from antiphon.apps.train.data import Shard
 from antiphon.apps.train.prompts import Prompt, build_prompts, clean, shares
 from antiphon.apps.train.voices import RATE, Line
-from antiphon.apps.train.voices.signal import CLIP_RATE, PERTURBED, PLAIN, defect, resample
+from antiphon.apps.train.voices.signal import CLIP_RATE, PERTURBED, defect, resample
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,7 @@ def test_published_names_map_to_ours() -> None:
 
 
 def test_packed_codes_come_back_as_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("onnx")
-    from antiphon.apps.train.voices.pack import unpack
+    from antiphon.apps.train.voices.packed import unpack
     from safetensors.torch import save_file
 
     with pytest.raises(FileNotFoundError, match=r"voices\.pack"):
