@@ -15,9 +15,8 @@ worker processes.
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +43,7 @@ class Clip:
     samples: int
     split: str = "train"
     corpus: str = ""
+    doubt: float = 0.0  # 0 to 1: how far two recognisers disagree on the words, where nobody wrote them down
 
     @property
     def seconds(self) -> float:
@@ -83,6 +83,7 @@ class ShardWriter:
                 source=str(record.get("source", "")),
                 split=str(record.get("split", "train")),
                 corpus=str(record.get("corpus") or self.folder.name),
+                doubt=float(record.get("doubt") or record.get("tiny_disagreement") or 0.0),
                 offset=self._offset,
                 samples=len(pcm),
             )
@@ -98,7 +99,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -114,7 +117,9 @@ class Shard:
         self.pcm: NDArray[np.int16] = np.memmap(self.folder / PCM, dtype=np.int16, mode="r")
         end = max((clip.offset + clip.samples for clip in self.clips), default=0)
         if end > len(self.pcm):
-            raise ValueError(f"{self.folder / PCM} holds {len(self.pcm)} samples but its manifest needs {end}: pack it again")
+            raise ValueError(
+                f"{self.folder / PCM} holds {len(self.pcm)} samples but its manifest needs {end}: pack it again"
+            )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -122,6 +127,17 @@ class Shard:
     def audio(self, index: int) -> NDArray[np.int16]:
         clip = self.clips[index]
         return self.pcm[clip.offset : clip.offset + clip.samples]
+
+
+def pack(folder: Path, out: Path) -> Shard:
+    """A data folder as the shard ``out``, decoding its files unless that was done before."""
+    if not (out / MANIFEST).is_file():
+        from ...codecs.audio_file import read
+
+        with ShardWriter(out) as shard:
+            for record in read_manifest(folder):
+                shard.add(read(folder / record["audio"], RATE), {"corpus": folder.name, **record})
+    return Shard(out)
 
 
 def to_int16(samples: NDArray[Any]) -> NDArray[np.int16]:
