@@ -1,0 +1,111 @@
+"""The ``antiphon`` command. Each command's work is in the module of its name, imported when it is called, so that
+``antiphon --help`` does not wait for torch.
+
+An error is one line on standard error and exit status 2; an interrupt is exit status 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import CommandError, complain
+
+app = typer.Typer(
+    name="antiphon",
+    help="Real-time speech and video models for many people at once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# click.ClickException: typer brings its own copy of click from 0.26 on and exports only this subclass of it.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class Format(StrEnum):
+    """How captions are written."""
+
+    text = "text"
+    srt = "srt"
+    vtt = "vtt"
+    json = "json"
+
+
+@app.command()
+def transcribe(
+    files: Annotated[list[str], typer.Argument(help="Audio or video files; - for standard input.", metavar="FILE...")],
+    model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
+    lookahead: Annotated[float | None, typer.Option(help="Milliseconds the model may hear ahead: 0, 80, ...")] = None,
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = Format.text,
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Play the file at its own pace, captioned live.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File, or folder for several files.")] = None,
+    language: Annotated[str | None, typer.Option(help="For models with a choice of language, such as en-US.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Turn speech into text."""
+    from .transcribe import run
+
+    run(
+        files,
+        model=model,
+        lookahead=lookahead,
+        format=format.value,
+        realtime=realtime,
+        output=output,
+        language=language,
+        device=device,
+    )
+
+
+@app.command()
+def models() -> None:
+    """List the models: embedded, on this computer, and known by name."""
+    from .models import run
+
+    run()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure: antiphon bench NAME [OPTIONS]. Without a name, list the benchmarks."""
+    from .bench import run
+
+    run(context.args)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from ... import __version__
+
+    print(__version__)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:
+        # The reader has what it wanted; nothing is left to flush to it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except CommandError as error:
+        complain(str(error))
+        status = 2
+    except _UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message:
+            complain(f"{message} (try: antiphon --help)")
+        status = 2
+    sys.exit(status or 0)

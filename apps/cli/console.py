@@ -1,0 +1,39 @@
+"""What commands say: results on standard output, everything else on standard error; colour only on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+
+class CommandError(Exception):
+    """Ends a command with this line on standard error and exit status 2."""
+
+
+def stderr() -> Console:
+    """A console on standard error, without emphasis on numbers and paths."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"antiphon: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_as_lines(category: type[Warning]) -> Iterator[None]:
+    """Every warning of that category is one line on standard error, without its place in the code."""
+
+    def show(message: Warning | str, kind: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(kind, category):
+            complain(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", category)
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,184 @@
+"""``antiphon transcribe``: files to text or subtitles, several at a time, or live at the pace of their media."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text as Styled
+
+from ...codecs.audio_file import STDIN, AudioError, AudioWarning, info
+from ...models.conformer.checkpoint import CheckpointError
+from ...pipelines.captions import Final
+from ...pipelines.chunk import Chunk, Text
+from ...pipelines.clock import Clock
+from ...pipelines.engine.errors import EngineError
+from ...pipelines.stage import StageError
+from ...pipelines.stages.transcribe import Transcribe
+from ...pipelines.transcription import Transcriber
+from ...transport.files import FileSource
+from .console import CommandError, complain, stderr, warnings_as_lines
+from .outputs import Outputs
+
+
+@dataclass
+class Recording:
+    """One input. stated: its seconds as the file says, if it does; heard: seconds so far."""
+
+    path: str
+    stated: float | None
+    heard: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.heard if self.stated is None else self.stated
+
+
+def run(
+    files: Sequence[str],
+    *,
+    model: str | None,
+    lookahead: float | None,
+    format: str,
+    realtime: bool,
+    output: Path | None,
+    language: str | None,
+    device: str | None,
+) -> None:
+    """See ``antiphon transcribe --help``. Raises CommandError, after captioning what can be captioned."""
+    if realtime and STDIN in files:
+        raise CommandError("standard input cannot be played at its own pace: save it to a file, or omit --realtime")
+    outputs = Outputs(files, format, output, in_turn=realtime)
+    recordings = _readable(files)
+    console = stderr()
+    try:
+        with console.status("Loading the model"):
+            transcriber = Transcriber(model, lookahead, device=device, language=language)
+    except (CheckpointError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    with warnings_as_lines(AudioWarning), outputs, transcriber:
+        try:
+            if realtime:
+                stage = Transcribe(model="asr", lookahead=lookahead, language=language)
+                said = asyncio.run(_live(recordings, outputs, transcriber, stage))
+            else:
+                said = _batch(recordings, outputs, transcriber)
+        except (AudioError, EngineError) as error:
+            raise CommandError(str(error)) from error
+        except StageError as error:
+            raise CommandError(str(error.__cause__ or error)) from error
+    console.print(said, style="dim")
+    if len(recordings) < len(files):
+        raise CommandError(f"{len(files) - len(recordings)} of {len(files)} files could not be read")
+
+
+def _readable(files: Sequence[str]) -> list[Recording]:
+    """The files that can be opened, before the model is loaded; a line for each of the others."""
+    recordings = []
+    for path in files:
+        try:
+            recordings.append(Recording(path, None if path == STDIN else info(path).duration))
+        except AudioError as error:
+            if len(files) == 1:
+                raise CommandError(str(error)) from error
+            complain(str(error))
+    if not recordings:
+        raise CommandError("none of the files could be read")
+    return recordings
+
+
+def _batch(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber) -> str:
+    """As fast as the device allows, several files in one batch. Returns the closing line."""
+    began = time.perf_counter()
+    first: float | None = None
+    with _progress(recordings) as progress:
+        for number, caption in transcriber.transcribe_many([one.path for one in recordings]):
+            first = time.perf_counter() - began if first is None else first
+            recording = recordings[number]
+            recording.heard = max(recording.heard, caption.at)
+            progress.update(progress.task_ids[0], completed=sum(one.heard for one in recordings))
+            if isinstance(caption, Final):
+                outputs.add(recording.path, caption)
+        for recording in recordings:
+            outputs.close(recording.path, recording.seconds)
+    took = time.perf_counter() - began
+    seconds = sum(one.seconds for one in recordings)
+    shown = "no speech found" if first is None else f"first partial after {first:.2f} s, final after {took:.2f} s"
+    return f"{seconds:.1f} s of audio in {took:.2f} s; {_factor(took, seconds)}; {shown}"
+
+
+def _progress(recordings: list[Recording]) -> Progress:
+    """A bar in seconds of audio; where a length is unknown it only moves."""
+    known = [one.stated for one in recordings if one.stated is not None]
+    console = stderr()
+    progress = Progress(
+        BarColumn(),
+        TextColumn("{task.completed:.0f} s of audio"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    progress.add_task("", total=sum(known) if len(known) == len(recordings) else None)
+    return progress
+
+
+@dataclass
+class _Latency:
+    """Seconds from when words were spoken to when they were shown."""
+
+    first: list[float] = field(default_factory=list)
+    finals: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.first:
+            return "no speech found"
+        first, final = statistics.median(self.first), statistics.median(self.finals)
+        return f"first partial {first:.2f} s after its word began, final {final:.2f} s after its last word"
+
+
+async def _live(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber, stage: Transcribe) -> str:
+    """One file after the other through the graph that live audio takes. Returns the closing line."""
+    latency = _Latency()
+    for recording in recordings:
+        graph = FileSource(recording.path, realtime=True) >> stage
+        async with graph.session(engine=transcriber.engine) as session:
+            await _show(session.outputs(), session.clock, recording, outputs, latency)
+        outputs.close(recording.path, recording.seconds)
+    seconds = sum(one.seconds for one in recordings)
+    lanes = transcriber.engine.metrics()["models"]["asr"]["variants"].values()
+    busy = sum(times["median"] * times["count"] for lane in lanes for times in lane["steps"].values())
+    return f"{seconds:.1f} s of audio; {_factor(busy, seconds)}; {latency}"
+
+
+async def _show(
+    texts: AsyncIterator[Chunk], clock: Clock, recording: Recording, outputs: Outputs, latency: _Latency
+) -> None:
+    """What may still change in grey, below what is final."""
+    began, new = clock.now(), True
+    console = stderr()
+    with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=sys.stdout.isatty()) as live:
+        async for text in texts:
+            if not isinstance(text, Text) or not text.words:
+                continue
+            at = recording.heard = clock.now() - began
+            if new:
+                latency.first.append(at - text.words[0].start)
+            new = text.final
+            if text.final:
+                latency.finals.append(at - text.words[-1].end)
+                outputs.add(recording.path, Final(text.words, at))
+            if console.is_terminal:
+                live.update(Styled("" if text.final else text.text, style="bright_black"), refresh=True)
+
+
+def _factor(took: float, seconds: float) -> str:
+    return f"real-time factor {took / seconds:.3f}" if seconds else "no audio"
