@@ -179,6 +179,12 @@ class Core:
         self.counts["unanswered"] += len(works)
         self._answer(works, [Closed(f"the engine {reason} before this chunk was done") for _ in works])
 
+    def find(self, name: str) -> Hosted:
+        """The model of this name. Raises ValueError. May be called from any thread."""
+        if name not in self.hosted:
+            raise ValueError(f"no model named {name!r} was added; there are {[*self.hosted]}")
+        return self.hosted[name]
+
     # ---------------------------------------------------------------- commands
 
     def add(
@@ -217,9 +223,7 @@ class Core:
 
     def open(self, engine: Engine, name: str, variant: Hashable, paced: bool) -> Lease:
         """Admit a session and take a slot."""
-        if name not in self.hosted:
-            raise ValueError(f"no model named {name!r} was added; there are {[*self.hosted]}")
-        hosted = self.hosted[name]
+        hosted = self.find(name)
         return self._admit(engine, hosted, hosted.lane(variant), paced, None)
 
     def fork(self, engine: Engine, source: Lease) -> Lease:

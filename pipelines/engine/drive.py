@@ -129,6 +129,8 @@ class InlineDriver:
             self._crank_soon()
 
     def wait_for(self, answers: list[Future[Any]]) -> None:
+        if all(answer.done() for answer in answers):
+            return
         if self._flight is not None:
             raise EngineError("a batch is in flight on the event loop; use the awaitable calls there")
         self._blocking = True
@@ -143,6 +145,9 @@ class InlineDriver:
                 flight = core.launch(decision)
                 if flight is not None:
                     core.land(decision, flight)
+        except BaseException as error:
+            core.abandon([], error)
+            raise
         finally:
             self._blocking = False
 
@@ -169,27 +174,33 @@ class InlineDriver:
 
     def _crank(self) -> None:
         self._soon, self._timer = False, None
+        try:
+            self._turn()
+        except BaseException as error:
+            self._core.abandon([], error)
+            raise
+
+    def _turn(self) -> None:
+        """Land the batch whose time is over; else start one, or set a timer for when one may start."""
         core = self._core
         loop = asyncio.get_running_loop()
+        if self._flight is not None:
+            landing, self._flight = self._flight, None
+            core.land(*landing)
+            self._crank_soon()
+            return
         now = core.now()
         decision = core.decide(now)
         if isinstance(decision, Batch):
             flight = core.launch(decision)
-            if flight is None:
-                self._crank_soon()
+            seconds = 0.0 if flight is None else core.cost(decision)
+            if flight is not None and seconds > 0:
+                self._flight = (decision, flight)
+                self._timer = loop.call_later(seconds, self._crank)
                 return
-            self._flight = (decision, flight)
-            seconds = core.cost(decision)
-            if seconds > 0:
-                self._timer = loop.call_later(seconds, self._land)
-            else:
-                self._land()
+            if flight is not None:
+                core.land(decision, flight)
+            self._crank_soon()
         elif decision is not None:
             # A loop may round its timers: never ask for less than it can tell apart.
             self._timer = loop.call_later(max(decision - now, 1e-6), self._crank)
-
-    def _land(self) -> None:
-        flight, self._flight, self._timer = self._flight, None, None
-        if flight is not None:
-            self._core.land(*flight)
-            self._crank_soon()

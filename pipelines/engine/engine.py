@@ -102,6 +102,10 @@ class Engine:
         )  # fmt: skip
         self.ask_sync(host)
 
+    def model(self, name: str) -> StreamingModel:
+        """The model added under this name. Raises ValueError."""
+        return self._core.find(name).model
+
     async def open(self, name: str, variant: Hashable = None, *, paced: bool = True) -> Lease:
         """A slot for a session. Raises AtCapacity, and ValueError for an unknown model or variant.
 

@@ -295,6 +295,36 @@ def test_an_error_that_ends_the_engine_reaches_everyone(monkeypatch: pytest.Monk
     in_thread(main)
 
 
+def test_an_error_that_no_step_should_raise_leaves_nobody_waiting_inline() -> None:
+    class OddError(Exception):
+        pass
+
+    class Raises(Null):
+        def step(self, inputs, state, slots, active):
+            if bool((inputs["x"] < 0).any()):
+                raise OddError
+            return super().step(inputs, state, slots, active)
+
+    with Engine(inline=True) as engine:
+        engine.add("raises", Raises(), slots=2, exact=False)
+        lease = engine.open_sync("raises")
+        with pytest.raises(OddError):
+            lease.step_sync(x(-1))
+        assert lease.step_sync(x(1))["y"].item() == 2.0
+
+    async def main(engine: Engine) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        engine.add("raises", Raises(), slots=2, exact=False)
+        lease, other = await engine.open("raises"), await engine.open("raises")
+        steps = [lease.step(x(-1)), other.step(x(0))]
+        for step in steps:
+            with pytest.raises(Closed, match="OddError"):
+                await step
+        assert (await other.step(x(1)))["y"].item() == 2.0
+
+    inline(main)
+
+
 def test_a_closed_event_loop_is_no_problem() -> None:
     with Engine() as engine:
         engine.add("null", Null(), slots=1)
@@ -382,6 +412,9 @@ def test_names_and_variants_are_checked(run: Callable[[Main], None]) -> None:
             engine.add("tony", Toy(), slots=0)
         lease = await engine.open("toy")
         assert (lease.model, lease.variant) == ("toy", 3)
+        assert isinstance(engine.model("toy"), Toy)
+        with pytest.raises(ValueError, match="no model named 'tony'"):
+            engine.model("tony")
 
     run(main)
 
