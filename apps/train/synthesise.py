@@ -11,6 +11,7 @@ stopped goes on with the blocks that are missing. Every process synthesises whol
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import random
@@ -67,9 +68,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a block: clips kept, their seconds, the time it took, and the defects of the rejected ones."""
+    """What became of a block: clips kept, their seconds, the time it took, and the defects of the rejected ones.
+
+    made_from tells apart blocks of one name whose prompts or settings differ.
+    """
 
     block: str
+    made_from: str
     clips: int
     seconds: float
     took: float
@@ -131,7 +136,9 @@ def speak_block(block: Block, teacher: Teacher, settings: Settings) -> Result:
             )
             kept += 1
             samples += len(clip)
-    result = Result(block.name, kept, samples / CLIP_RATE, time.perf_counter() - began, dict(rejected))
+    result = Result(
+        block.name, fingerprint(block, settings), kept, samples / CLIP_RATE, time.perf_counter() - began, dict(rejected)
+    )
     (partial / REPORT).write_text(json.dumps(result.__dict__), encoding="utf-8")
     final = settings.out / block.name
     if final.exists():
@@ -140,12 +147,21 @@ def speak_block(block: Block, teacher: Teacher, settings: Settings) -> Result:
     return result
 
 
-def finished(out: Path, block: Block) -> Result | None:
-    """The result of a block that an earlier run completed."""
-    folder = out / block.name
+def fingerprint(block: Block, settings: Settings) -> str:
+    """A digest of everything that decides what the block's speech is."""
+    content = [settings.seed, settings.perturb, [[prompt.text, prompt.source] for prompt in block.prompts]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def finished(block: Block, settings: Settings) -> Result | None:
+    """The result of a block that an earlier run completed. Raises ValueError when that run had other arguments."""
+    folder = settings.out / block.name
     if not (folder / MANIFEST).is_file() or not (folder / REPORT).is_file():
         return None
-    return Result(**json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    result = Result(**json.loads((folder / REPORT).read_text(encoding="utf-8")))
+    if result.made_from != fingerprint(block, settings):
+        raise ValueError(f"{folder} was made from other texts, seed or options: choose another --out or delete it")
+    return result
 
 
 def load_teacher(name: str, device: torch.device, kokoro: Path | None) -> Teacher:
@@ -201,7 +217,7 @@ def run(
 ) -> list[Result]:
     """Speak all blocks that are not there yet with ``workers`` processes; start none after ``minutes``."""
     settings.out.mkdir(parents=True, exist_ok=True)
-    results = [result for block in blocks if (result := finished(settings.out, block))]
+    results = [result for block in blocks if (result := finished(block, settings))]
     have = {result.block for result in results}
     todo = [block for block in blocks if block.name not in have]
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")

@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,17 +107,19 @@ def test_a_block_becomes_a_shard_with_its_rejects_counted(texts: list[Path], tmp
     settings = synthesise.Settings(tmp_path / "out", None, seed=3, perturb=True)
     settings.out.mkdir()
     (block, *_) = synthesise.plan(build_prompts(texts, seed=1), {"hibari": 1.0}, hours=0.01, size=12)
-    assert synthesise.finished(settings.out, block) is None
+    assert synthesise.finished(block, settings) is None
     result = synthesise.speak_block(block, Beeper(), settings)
     assert result.clips == 10
     assert result.rejected == {"almost silent": 1, "not a finite signal": 1}
-    assert synthesise.finished(settings.out, block) == result
+    assert synthesise.finished(block, settings) == result
     assert [path.name for path in settings.out.iterdir()] == [block.name]
     shard = Shard(settings.out / block.name)
     assert sum(clip.seconds for clip in shard.clips) == pytest.approx(result.seconds)
     assert [clip.text for clip in shard.clips] == [p.text for i, p in enumerate(block.prompts) if i not in (1, 2)]
     assert len({clip.speaker for clip in shard.clips}) > 4
     pcm = np.array(shard.pcm)
+    with pytest.raises(ValueError, match="other texts, seed or options"):
+        synthesise.finished(block, replace(settings, seed=4))
     synthesise.speak_block(block, Beeper(), settings)
     assert np.array_equal(pcm, Shard(settings.out / block.name).pcm)
 
