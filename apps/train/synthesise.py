@@ -275,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
     )
     args.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     args.add_argument("--hours", type=float, required=True, help="length of all speech together (about)")
-    args.add_argument("--voices", type=parse_weights, default="hibari", help="teachers and weights: hibari,kokoro:4")
+    args.add_argument("--voices", default="hibari", help="teachers and weights: hibari,kokoro:4")
     args.add_argument("--kokoro", type=Path, metavar="DIR", help="what antiphon.apps.train.voices.pack wrote")
     args.add_argument("--device", default="cpu", help="cpu, or cuda:0,cuda:1 (hibari always uses the CPU)")
     args.add_argument("--workers", type=int, default=1, help="processes")
@@ -287,11 +287,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    try:
+        speak(parser().parse_args(argv))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"synthesise: {error}") from error
+
+
+def speak(args: argparse.Namespace) -> None:
+    """Do what the command line asks and report it."""
     console = Console()
     held_out = [text for path in args.exclude for text in sentences(path)]
     prompts = build_prompts(args.texts, seed=args.seed, exclude=held_out)
-    blocks = plan(prompts, args.voices, args.hours, args.block)
+    weights = parse_weights(args.voices)
+    blocks = plan(prompts, weights, args.hours, args.block)
     console.print(f"{len(prompts):,} prompts; {len(blocks)} blocks of {args.block} utterances")
     settings = Settings(args.out, args.kokoro, args.seed, args.perturb)
     began = time.perf_counter()
@@ -300,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rejected: Counter[str] = Counter()
     for result in results:
         rejected.update(result.rejected)
-    for teacher in args.voices:
+    for teacher in weights:
         own = [result for result in results if result.block.startswith(f"{teacher}-")]
         seconds, busy = sum(result.seconds for result in own), sum(result.took for result in own)
         pace = f", {seconds / busy:.0f} x real time a process" if busy else ""

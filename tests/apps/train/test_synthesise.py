@@ -267,7 +267,9 @@ def test_packed_codes_come_back_as_numbers(tmp_path: Path) -> None:
     assert tensors["a.bias"].tolist() == [3.0]
 
 
-def test_a_plan_needs_prompts() -> None:
+def test_a_plan_needs_prompts(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"No such file.*absent\.txt"):
+        synthesise.main(["--texts", str(tmp_path / "absent.txt"), "--out", str(tmp_path), "--hours", "1"])
     with pytest.raises(ValueError, match="no prompts"):
         synthesise.plan([], {"hibari": 1.0}, 1.0, 10)
     (block, *_) = synthesise.plan([Prompt("a b c.", "x")], {"hibari": 1.0}, 1e-4, 2)
