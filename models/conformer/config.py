@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 SUBSAMPLING = 8  # mel frames per encoder frame
 
@@ -83,6 +84,44 @@ class TransducerConfig:
     def blank(self) -> int:
         """The blank's index: the last."""
         return self.vocabulary
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """A choice of language, one-hot beside every encoder frame. ``languages``: name -> index below ``count``."""
+
+    languages: Mapping[str, int]
+    count: int = 128
+    hidden: int = 2048
+    default: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.default not in self.languages:
+            raise ValueError(f"the default language {self.default!r} is none of {', '.join(self.languages)}")
+        for name, index in self.languages.items():
+            if not 0 <= index < self.count:
+                raise ValueError(f"language {name!r} has index {index}, which is not below {self.count}")
+
+
+@dataclass(frozen=True)
+class ASRConfig:
+    """A whole recogniser. ``mel`` holds the features' settings under NeMo's names (its ``preprocessor`` section)."""
+
+    encoder: ConformerConfig
+    vocabulary: int
+    transducer: TransducerConfig | None = None
+    ctc: bool = False
+    prompt: PromptConfig | None = None
+    mel: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.transducer is None and not self.ctc:
+            raise ValueError("a recogniser needs a transducer or a CTC head")
+        if self.transducer is not None:
+            if self.transducer.vocabulary != self.vocabulary:
+                raise ValueError(f"transducer of {self.transducer.vocabulary} labels, tokenizer of {self.vocabulary}")
+            if self.transducer.encoder_width != self.encoder.width:
+                raise ValueError(f"joint takes {self.transducer.encoder_width} wide frames, not {self.encoder.width}")
 
 
 def encoder_frames(mel_frames: int) -> int:

@@ -19,8 +19,7 @@ class CTCHead(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """``[B, n, d] -> [B, n, vocabulary + 1]`` logits."""
-        logits: Tensor = self.linear(frames)
-        return logits
+        return self.linear(frames)
 
     def state_spec(self) -> Specs:
         """The label of the last frame."""
@@ -28,9 +27,18 @@ class CTCHead(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, frames: Tensor, valid: Tensor, state: State, slots: Tensor, active: Tensor
+        self,
+        frames: Tensor,
+        valid: Tensor,
+        state: State,
+        slots: Tensor,
+        active: Tensor,
+        max_symbols: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """frames ``[B, n, d]``, valid ``[B, n]`` -> tokens, times ``[B, n]``, count ``[B]`` like ``Transducer``."""
+        """Greedy labels of one chunk, as :meth:`Transducer.decode`; a frame has one label at most.
+
+        Returns tokens and times ``[B, n]`` and count ``[B]``.
+        """
         rows, steps = valid.shape
         before = state["ctc.label"].index_select(0, slots)
         labels = torch.where(valid, self(frames).argmax(-1), self.blank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,8 +27,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, n, d] -> [B, n, d]``."""
-        result: Tensor = self.down(self.dropout(F.silu(self.up(x))))
-        return result
+        return self.down(self.dropout(F.silu(self.up(x))))
 
 
 class Convolution(nn.Module):
@@ -48,8 +49,7 @@ class Convolution(nn.Module):
         x = F.glu(self.expand(x)) * context.valid
         x = self.depthwise(context.history(layer, x).transpose(1, 2))
         x = self.norm(x).transpose(1, 2) if isinstance(self.norm, nn.BatchNorm1d) else self.norm(x.transpose(1, 2))
-        result: Tensor = self.project(F.silu(x))
-        return result
+        return self.project(F.silu(x))
 
 
 class Block(nn.Module):
@@ -125,7 +125,8 @@ class ConformerEncoder(nn.Module):
         device = self.subsampling.linear.weight.device
         distances = torch.arange(1 - self.config.longest, self.config.ring, device=device)
         embeddings = sinusoids(distances, self.config.width).to(self.dtype)
-        self.tables = torch.stack([block.attention.project_positions(embeddings) for block in self.blocks]).contiguous()
+        projected = [cast(Block, block).attention.project_positions(embeddings) for block in self.blocks]
+        self.tables = torch.stack(projected).contiguous()
         return self
 
     def state_spec(self) -> Specs:

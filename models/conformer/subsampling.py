@@ -38,6 +38,7 @@ class Depthwise(nn.Conv2d):
         # A sum of nine strided views: on the CPU, faster than a convolution for the few frames of a step.
         frames, bins = ((size - 3) // 2 * 2 + 1 for size in x.shape[1:3])
         taps = self.weight.flatten(1).t().contiguous()
+        assert self.bias is not None
         total = torch.addcmul(self.bias, x[:, 0:frames:2, 0:bins:2], taps[0])
         for tap in range(1, 9):
             row, column = divmod(tap, 3)
@@ -75,8 +76,7 @@ class Subsampling(nn.Module):
 
     def flatten(self, x: Tensor) -> Tensor:
         """``[B, n, F, C] -> [B, n, d]``."""
-        features: Tensor = self.linear(x.transpose(2, 3).flatten(2))
-        return features
+        return self.linear(x.transpose(2, 3).flatten(2))
 
     def forward(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """mel ``[B, T, mels]``, lengths ``[B]`` -> frames ``[B, encoder_frames(T), d]``, lengths ``[B]``."""

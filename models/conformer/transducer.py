@@ -42,14 +42,12 @@ class Transducer(nn.Module):
     def predict(self, labels: Tensor) -> Tensor:
         """labels ``[B, U]`` -> ``[B, U + 1, joint_width]``: row u is the prediction after u labels."""
         hidden, _ = self.lstm(self.embedding(F.pad(labels, (1, 0), value=self.blank)))
-        predicted: Tensor = self.from_prediction(self.dropout(hidden))
-        return predicted
+        return self.from_prediction(self.dropout(hidden))
 
     def joint(self, frames: Tensor, predicted: Tensor) -> Tensor:
         """frames ``[B, T, d]``, predicted ``[B, U + 1, joint_width]`` -> logits ``[B, T, U + 1, vocabulary + 1]``."""
         summed = self.from_encoder(frames)[:, :, None] + predicted[:, None]
-        logits: Tensor = self.head(self.dropout(F.relu(summed)))
-        return logits
+        return self.head(self.dropout(F.relu(summed)))
 
     @torch.no_grad()
     def prepare(self) -> Transducer:
@@ -105,16 +103,13 @@ class Transducer(nn.Module):
             raise RuntimeError("the transducer is not ready to decode: call prepare() once its weights are loaded")
         rows, steps = valid.shape
         limit = max_symbols or self.config.max_symbols
+        width = self.config.joint_width
         device = frames.device
         fresh = ~state["transducer.started"].index_select(0, slots)
-        memory, predicted = (
-            torch.where(fresh.view(-1, *[1] * (old.dim() - 1)), new.view(1, *old.shape[1:]), old)
-            for old, new in zip(
-                (state[name].index_select(0, slots) for name in ("transducer.memory", "transducer.predicted")),
-                self.start.split((self.start.shape[1] - self.config.joint_width, self.config.joint_width), 1),
-                strict=True,
-            )
-        )
+        memory = state["transducer.memory"].index_select(0, slots)
+        predicted = state["transducer.predicted"].index_select(0, slots)
+        memory = torch.where(fresh[:, None, None, None], self.start[:, :-width].view(1, *memory.shape[1:]), memory)
+        predicted = torch.where(fresh[:, None], self.start[:, -width:], predicted)
         projected = self.from_encoder(frames)
         length = valid.sum(1)
         zero = torch.zeros(rows, dtype=torch.int64, device=device)

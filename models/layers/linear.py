@@ -8,12 +8,13 @@ result for a row does not depend on how many rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 PACK_ROWS = 16  # rows the layout is tuned for; any number of rows may be fed
 
 
@@ -25,7 +26,7 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Make (or remake, after the weight changed) the packed copy. Does nothing but on the CPU in float32."""
         weight = self.weight.detach()
-        packable = weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        packable = weight.is_cpu and weight.dtype == torch.float32 and HAS_ONEDNN
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS) if packable else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,9 +36,14 @@ class Linear(nn.Linear):
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return result
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = super().__call__(x)
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.packed = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.packed = None

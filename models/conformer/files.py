@@ -1,0 +1,68 @@
+"""Reading a checkpoint's files: whatever is wrong with one is a :class:`CheckpointError` that names it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import yaml
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be found or used; the message says which file, why, and what to do."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn every way in which a file can be bad into a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: holds more than weights, or is damaged; nothing in it was run") from error
+    except (safetensors.SafetensorError, tarfile.TarError, zlib.error, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged or incomplete ({error}); fetch it again") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: not valid ({' '.join(str(error).split())})") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path}: lacks {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: holds a {type(content).__name__}, not an object")
+        return content
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """``model.safetensors`` of a folder, or the shards that ``model.safetensors.index.json`` lists."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        with reading(single):
+            return safetensors.torch.load_file(single)
+    if not index.is_file():
+        raise CheckpointError(f"{folder}: holds no model.safetensors; other weight files are not read")
+    with reading(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index}: names a shard outside its folder")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        with reading(folder / name):
+            tensors |= safetensors.torch.load_file(folder / name)
+    return tensors
