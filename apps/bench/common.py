@@ -1,0 +1,53 @@
+"""What every benchmark shares: a JSON beside its numbers says where, when and how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its usable cores, memory, accelerators, and the versions that matter."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+    for package in ("antiphon", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    torch = sys.modules.get("torch")  # a benchmark of the runtime alone does not load it
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def write_result(name: str, command: str, numbers: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``folder/name.json`` with the command, the machine, the date and the numbers; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    result = {"name": name, "command": command, "date": date, "machine": machine(), "numbers": numbers}
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -1,0 +1,68 @@
+"""Pictures of benchmark results: ``results/<name>.json`` to ``results/<name>.svg``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+COLOURS = {"antiphon": "#0f766e", "nemo_toolkit": "#d97706", "transformers": "#6d28d9"}
+GREY = "#6b7280"
+
+
+def plot_asr(path: Path) -> Path:
+    """Milliseconds a chunk beside the references, and latency against the number of sessions."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))
+    panels = [(rows, draw) for rows, draw in ((numbers["steps"], _steps), (numbers["capacity"], _capacity)) if rows]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    figure, axes = pyplot.subplots(1, len(panels) or 1, figsize=(6.4 * max(1, len(panels)), 4.2), squeeze=False)
+    for axis, (rows, draw) in zip(axes[0], panels, strict=False):
+        draw(axis, rows, numbers)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Streaming recognition on {numbers['device']}, {numbers['dtype'].removeprefix('torch.')}")
+    figure.tight_layout()
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target
+
+
+def _steps(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
+    labels = [f"{row['shape']}\n{row['chunk_ms']} ms\n{row['sessions']} at once" for row in rows]
+    names = list(dict.fromkeys(name for row in rows for name in row["ms"]))
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(rows))]
+        heights = [row["ms"].get(name, 0.0) for row in rows]
+        bars = axis.bar(places, heights, width, label=name, color=COLOURS.get(name, GREY))
+        axis.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7, padding=1)
+    floors = {(row["shape"], row["chunk_ms"], row["sessions"]): row["floor_ms"] for row in numbers["floors"]}
+    for place, row in enumerate(rows):
+        floor = floors.get((row["shape"], row["chunk_ms"], row["sessions"]))
+        if floor:
+            axis.hlines(floor, place - 0.4, place + 0.4, colors="black", linestyles="dotted")
+    axis.set_yscale("log")
+    axis.set_xticks(range(len(rows)), labels, fontsize=8)
+    axis.set_ylabel("milliseconds a chunk (dotted: floor)")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _capacity(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
+    for index, row in enumerate(rows):
+        colour = pyplot.get_cmap("viridis")(index / max(1, len(rows) - 0.5))
+        runs = [run for run in row["runs"] if run["chunks"]]
+        sessions = [run["sessions"] for run in runs]
+        label = f"{row['shape']}, {row['chunk_ms']} ms: {row['held']} held"
+        axis.plot(sessions, [run["p99_ms"] for run in runs], "o-", color=colour, label=label)
+        axis.plot(sessions, [run["p50_ms"] for run in runs], "o:", color=colour, markersize=3)
+        axis.axhline(row["chunk_ms"], color=colour, linewidth=0.6, linestyle="dashed")
+    axis.set_yscale("log")
+    axis.set_xlabel("sessions in real time")
+    axis.set_ylabel("latency in ms (line p99, dotted p50, dashed the chunk)")
+    axis.legend(frameon=False, fontsize=8)
