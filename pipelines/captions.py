@@ -11,19 +11,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """A word and when its first and last tokens were heard, in seconds of media (token emission, frames of 80 ms)."""
-
-    text: str
-    start: float
-    end: float
+from .chunk import Word
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """What was said so far in one stretch of speech. ``at``: seconds of media consumed when this was known."""
+    """What was said so far in one stretch of speech, by word: when its first and last tokens were heard.
+
+    at: seconds of media consumed when this was known.
+    """
 
     words: tuple[Word, ...]
     at: float

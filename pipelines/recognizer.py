@@ -17,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..codecs.mel import LogMel
+from ..codecs.mel import UNKNOWN, LogMel, MelConfig
+from ..models.conformer.config import encoder_frames
 from ..models.conformer.model import ConformerASR
 from ..models.streaming import Specs, State, StreamingModel, TensorSpec
+from .captions import Vocabulary
 
 SAMPLE_RATE = 16_000
-FRAME_SAMPLES = 1280  # one encoder frame: 8 mel frames of 10 ms
+MEL_SAMPLES = 160  # one mel frame
+FRAME_SAMPLES = 8 * MEL_SAMPLES  # one encoder frame
+FRAME_SECONDS = FRAME_SAMPLES / SAMPLE_RATE
 LEAD = 1080  # zeros before sample 0: 7 mel frames that do not exist, less the window's half that looks ahead
-UNKNOWN_END = 1 << 40
 
 
 class Recognizer(StreamingModel):
@@ -34,7 +37,7 @@ class Recognizer(StreamingModel):
     Raises ValueError where the checkpoint lacks the decoder asked for.
     """
 
-    def __init__(self, asr: ConformerASR, decoder: str | None = None, max_symbols: int = 10) -> None:
+    def __init__(self, asr: ConformerASR, decoder: str | None = None) -> None:
         super().__init__()
         heads = {"rnnt": asr.transducer, "ctc": asr.ctc}
         name = decoder or ("rnnt" if asr.transducer is not None else "ctc")
@@ -44,15 +47,40 @@ class Recognizer(StreamingModel):
             raise ValueError(f"this checkpoint has no {name!r} decoder; it has: {have}")
         self.asr = asr
         self.head = head
-        self.mel = LogMel(asr.mel)
-        self.max_symbols = max_symbols
+        self.mel = LogMel(MelConfig.from_nemo(asr.mel)).to(next(asr.parameters()).device)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What tokens mean."""
+        return self.asr.vocabulary
 
     @property
     def variants(self) -> tuple[int, ...]:
         return self.asr.lookaheads
 
+    def variant(self, lookahead: float | None) -> int:
+        """The variant of a lookahead in milliseconds; None for the model's default.
+
+        Raises ValueError naming those the model was trained for.
+        """
+        if lookahead is None:
+            return self.variants[0]
+        frames = lookahead / (1000 * FRAME_SECONDS)
+        if frames not in self.variants:
+            known = ", ".join(f"{1000 * FRAME_SECONDS * frames:g}" for frames in sorted(self.variants))
+            raise ValueError(f"this model has no lookahead of {lookahead:g} ms; it has: {known}")
+        return int(frames)
+
+    def constant_inputs(self, language: str | None) -> dict[str, np.int64]:
+        """Inputs that stay the same for a session. Raises ValueError for a language the model lacks."""
+        if self.asr.prompt is not None:
+            return {"language": np.int64(self.asr.prompt.index(language))}
+        if language is not None:
+            raise ValueError(f"this model has no choice of language, got {language!r}: leave it out")
+        return {}
+
     def tick(self, variant: Hashable) -> float:
-        return (_lookahead(variant) + 1) * FRAME_SAMPLES / SAMPLE_RATE
+        return (_lookahead(variant) + 1) * FRAME_SECONDS
 
     def state_spec(self) -> Specs:
         parts = (self.mel.state_spec(), self.asr.encoder.state_spec(), self.head.state_spec())
@@ -65,7 +93,7 @@ class Recognizer(StreamingModel):
         samples = (_lookahead(variant) + 1) * FRAME_SAMPLES
         spec = {
             "pcm": TensorSpec((samples,)),
-            "end": TensorSpec((), torch.int64, UNKNOWN_END),
+            "end": TensorSpec((), torch.int64, UNKNOWN),
         }
         if self.asr.prompt is not None:
             spec["language"] = TensorSpec((), torch.int64, self.asr.prompt.default)
@@ -82,7 +110,7 @@ class Recognizer(StreamingModel):
         frames, valid = self.asr.encoder.step(mel.to(self.asr.dtype), mel_end, state, slots, active)
         if self.asr.prompt is not None:
             frames = self.asr.prompt(frames, inputs["language"])
-        tokens, times, count = self.head.decode(frames, valid, state, slots, active, self.max_symbols)
+        tokens, times, count = self.head.decode(frames, valid, state, slots, active)
         return {"tokens": tokens, "times": times, "count": count, "frames": valid.sum(1)}
 
 
@@ -126,13 +154,13 @@ class Blocks:
         while len(joined) >= self._want:
             block, joined = joined[: self._want], joined[self._want :]
             self._sent_frames += self.lookahead + 1
-            blocks.append(Block(block, UNKNOWN_END, self.samples - len(joined)))
+            blocks.append(Block(block, UNKNOWN, self.samples - len(joined)))
         self._pending, self._size = [joined], len(joined)
         return blocks
 
     def finish(self) -> list[Block]:
         """The blocks that flush the utterance: the samples left over and zeros, with its end marked."""
-        total = output_frames(self.samples)
+        total = encoder_frames(self.samples // MEL_SAMPLES)
         joined = np.concatenate(self._pending)
         blocks = []
         while self._sent_frames < total:
@@ -147,9 +175,3 @@ class Blocks:
     @property
     def _want(self) -> int:
         return (self.lookahead + 1) * FRAME_SAMPLES
-
-
-def output_frames(samples: int) -> int:
-    """Encoder frames of an utterance of ``samples``: three stages of stride 2 over ``samples // 160`` mel frames."""
-    mel = samples // 160
-    return ((mel // 2 + 1) // 2 + 1) // 2 + 1

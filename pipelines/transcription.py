@@ -1,0 +1,189 @@
+"""Speech recognition of one stretch of audio: samples in, captions out, whoever steps the model.
+
+``Transcription`` is what a session keeps outside the engine's slot: the samples of an unfinished block and the words of
+an unfinished caption. ``Transcriber`` drives it for files, several at a time in one batch; the stage
+(``stages/transcribe.py``) drives it live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..codecs.audio_file import stream
+from ..models.conformer.checkpoint import load
+from .captions import Caption, Captioner
+from .engine import Engine, Lease
+from .recognizer import FRAME_SECONDS, SAMPLE_RATE, Block, Blocks, Recognizer
+
+READ_SECONDS = 10.0  # of a file at a time: bounds memory whatever its length
+FILES_AT_ONCE = 4  # the smallest batch steps four rows anyway
+
+
+class Transcription:
+    """Blocks and captions of one session of a recogniser.
+
+    lookahead: milliseconds, one of the model's; None for its default. language: for models with a language prompt.
+    endpoint, longest: seconds, see ``Captioner``.
+    """
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        lookahead: float | None = None,
+        *,
+        language: str | None = None,
+        endpoint: float = 1.0,
+        longest: float = 20.0,
+    ) -> None:
+        self.variant = recognizer.variant(lookahead)
+        self._constant = recognizer.constant_inputs(language)
+        self._blocks = Blocks(self.variant)
+        self._captioner = Captioner(recognizer.vocabulary, endpoint=endpoint, longest=longest)
+        self._frames = 0
+
+    def push(self, pcm: NDArray[np.float32]) -> list[Block]:
+        """Mono float32 samples at 16 kHz -> the blocks they complete."""
+        return self._blocks.push(pcm)
+
+    def flush(self) -> list[Block]:
+        """The blocks that bring out what is still inside the model at the end of the audio."""
+        return self._blocks.finish()
+
+    def inputs(self, block: Block) -> dict[str, Any]:
+        """A block as the model's step takes it."""
+        return {"pcm": block.pcm, "end": np.int64(block.end), **self._constant}
+
+    def take(self, outputs: Mapping[str, torch.Tensor], block: Block) -> Iterator[Caption]:
+        """The captions that a step's outputs change."""
+        count = int(outputs["count"])
+        times = (outputs["times"][:count] + self._frames).tolist()
+        tokens = outputs["tokens"][:count].tolist()
+        self._frames += int(outputs["frames"])
+        return self._captioner.add(zip(tokens, times, strict=True), self._frames, block.heard / SAMPLE_RATE)
+
+    def finish(self) -> Iterator[Caption]:
+        """The last caption, after the outputs of ``flush`` were taken."""
+        return self._captioner.finish(self._blocks.samples / SAMPLE_RATE)
+
+    @property
+    def seconds(self) -> float:
+        """Audio taken so far."""
+        return self._blocks.samples / SAMPLE_RATE
+
+
+class Transcriber:
+    """A loaded model for files, on the calling thread.
+
+    model: an embedded or hub name or a path; None for the embedded English model. lookahead: milliseconds; None for the
+    model's default. device: "cpu", "cuda"; None for CUDA where there is one.
+    Raises CheckpointError, UnknownModel (with the nearest name) and ValueError (a lookahead the model lacks).
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        lookahead: float | None = None,
+        *,
+        device: str | None = None,
+        decoder: str | None = None,
+        language: str | None = None,
+        files: int = FILES_AT_ONCE,
+    ) -> None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.recognizer = Recognizer(load(model, device=device), decoder)
+        self.lookahead, self.language, self.files = lookahead, language, files
+        variant = self.recognizer.variant(lookahead)
+        self.engine = Engine(device, inline=True)
+        self.engine.add("asr", self.recognizer, slots=files, variants=[variant], buckets=[max(4, files)])
+
+    def transcribe(self, path: str | PathLike[str]) -> Iterator[Caption]:
+        """Captions of a file (or ``-``, standard input) as they come. Raises AudioError."""
+        for _, caption in self.transcribe_many([path]):
+            yield caption
+
+    def transcribe_many(self, paths: Iterable[str | PathLike[str]]) -> Iterator[tuple[int, Caption]]:
+        """Captions of several files with each file's number, ``files`` of them at a time in one batch.
+
+        A file that cannot be read raises AudioError when its turn comes.
+        """
+        waiting = enumerate(paths)
+        running: list[_Reading] = []
+        try:
+            while True:
+                while len(running) < self.files and (entry := next(waiting, None)) is not None:
+                    running.append(_Reading(self, *entry))
+                if not running:
+                    return
+                ready = [(reading, block) for reading in running if (block := next(reading.blocks, None)) is not None]
+                rows = self.engine.run_sync(
+                    [(reading.lease, reading.transcription.inputs(block)) for reading, block in ready]
+                )
+                for (reading, block), outputs in zip(ready, rows, strict=True):
+                    for caption in reading.transcription.take(outputs, block):
+                        yield reading.number, caption
+                stepped = {id(reading) for reading, _ in ready}
+                for reading in [reading for reading in running if id(reading) not in stepped]:
+                    for caption in reading.transcription.finish():
+                        yield reading.number, caption
+                    reading.lease.close()
+                    running.remove(reading)
+        finally:
+            for reading in running:
+                reading.lease.close()
+
+    def close(self) -> None:
+        """Free the model."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Reading:
+    """One file on its way through a Transcriber."""
+
+    def __init__(self, transcriber: Transcriber, number: int, path: str | PathLike[str]) -> None:
+        self.number = number
+        self.transcription = Transcription(
+            transcriber.recognizer, transcriber.lookahead, language=transcriber.language
+        )  # fmt: skip
+        self.lease: Lease = transcriber.engine.open_sync("asr", self.transcription.variant)
+        self.blocks = self._read(path)
+
+    def _read(self, path: str | PathLike[str]) -> Iterator[Block]:
+        for pcm in stream(path, SAMPLE_RATE, READ_SECONDS):
+            yield from self.transcription.push(pcm)
+        yield from self.transcription.flush()
+
+
+def transcribe(
+    path: str | PathLike[str],
+    *,
+    model: str | PathLike[str] | None = None,
+    lookahead: float | None = None,
+    device: str | None = None,
+    language: str | None = None,
+) -> Iterator[Caption]:
+    """Captions of an audio or video file: ``Partial`` as they grow, ``Final`` when they are done.
+
+    model, lookahead, device, language: as for ``Transcriber``. The last model used stays loaded.
+    """
+    yield from _cached(None if model is None else str(model), lookahead, device, language).transcribe(path)
+
+
+@lru_cache(maxsize=1)
+def _cached(model: str | None, lookahead: float | None, device: str | None, language: str | None) -> Transcriber:
+    return Transcriber(model, lookahead, device=device, language=language)
+
+
+__all__ = ["FRAME_SECONDS", "Transcriber", "Transcription", "transcribe"]
