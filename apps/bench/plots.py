@@ -21,12 +21,11 @@ def plot_asr(path: Path) -> Path:
     numbers = json.loads(path.read_text(encoding="utf-8"))
     panels = [(rows, draw) for rows, draw in ((numbers["steps"], _steps), (numbers["capacity"], _capacity)) if rows]
     pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
-    figure, axes = pyplot.subplots(1, len(panels) or 1, figsize=(6.4 * max(1, len(panels)), 4.2), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels) or 1, figsize=(6.4 * max(1, len(panels)), 4.6), squeeze=False, layout="constrained")
     for axis, (rows, draw) in zip(axes[0], panels, strict=False):
         draw(axis, rows, numbers)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Streaming recognition on {numbers['device']}, {numbers['dtype'].removeprefix('torch.')}")
-    figure.tight_layout()
     target = path.with_suffix(".svg")
     figure.savefig(target)
     pyplot.close(figure)
@@ -49,8 +48,8 @@ def _steps(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -> N
             axis.hlines(floor, place - 0.4, place + 0.4, colors="black", linestyles="dotted")
     axis.set_yscale("log")
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
-    axis.set_ylabel("milliseconds a chunk (dotted: floor)")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylabel("ms a chunk (dotted: floor)")
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def _capacity(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
@@ -64,5 +63,5 @@ def _capacity(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -
         axis.axhline(row["chunk_ms"], color=colour, linewidth=0.6, linestyle="dashed")
     axis.set_yscale("log")
     axis.set_xlabel("sessions in real time")
-    axis.set_ylabel("latency in ms (line p99, dotted p50, dashed the chunk)")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylabel("latency in ms: p99, dotted p50")
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
