@@ -90,8 +90,6 @@ class Edge:
         "_dropped_policy",
         "_dropped_stale",
         "_dropped_unread",
-        "_error",
-        "_items",
         "_late",
         "_late_max",
         "_max_items",
@@ -104,49 +102,46 @@ class Edge:
         "abandoned",
         "closed",
         "epoch",
+        "full",
+        "items",
         "lasting",
         "link",
         "name",
-        "popped_at",
         "reader",
+        "taken_at",
     )
 
     def __init__(self, name: str, link: Link, now: Callable[[], float], *, lasting: bool = False) -> None:
         self.name, self.link, self.lasting = name, link, lasting
         self.epoch = 0
-        self.popped_at = 0.0  # clock time of the last get
+        self.taken_at = 0.0  # clock time of the last get
         self.reader: asyncio.Future[None] | None = None  # set by whoever waits for a chunk; resolved by what brings one
         self._now = now
         self.closed = False  # the producer has finished; queued chunks may remain
         self.abandoned = False  # the consumer has finished; what is put is counted as unread
-        self._items: deque[tuple[Chunk, int]] = deque()  # with their nanoseconds
+        self.full = False  # a producer should wait before it makes another chunk (only where the policy is to block)
+        self.items: deque[tuple[Chunk, int]] = deque()  # with their nanoseconds; others only look at it
         self._writers: deque[asyncio.Future[None]] = deque()
         self._max_items = link.items
         self._max_ns = link.ms * _NS_PER_MS
         self._blocks = link.policy == "block"
-        self._error: BaseException | None = None
         self._ns = self._ns_max = self._depth_max = 0
         self._passed = self._dropped_policy = self._dropped_stale = self._dropped_unread = 0
         self._best = float("inf")
         self._late = self._late_max = 0.0
 
     def __len__(self) -> int:
-        return len(self._items)
-
-    @property
-    def full(self) -> bool:
-        """Whether a producer should wait before it makes another chunk (never so unless the policy is ``block``)."""
-        return self._blocks and (len(self._items) >= self._max_items or self._ns >= self._max_ns) and not self.closed
+        return len(self.items)
 
     @property
     def head_seconds(self) -> float:
         """Media time at which the oldest queued chunk starts; infinite when the edge is empty."""
-        return self._items[0][0].start_seconds if self._items else float("inf")
+        return self.items[0][0].start_seconds if self.items else float("inf")
 
     @property
     def ended(self) -> bool:
         """Whether nothing will ever come out again."""
-        return self.closed and not self._items
+        return self.closed and not self.items
 
     def put_nowait(self, chunk: Chunk, size: int) -> bool:
         """Take the chunk of ``size`` nanoseconds, or drop and count it; False when it must wait. Raises EdgeFull."""
@@ -156,7 +151,7 @@ class Edge:
         if self.abandoned or self.closed:
             self._dropped_unread += 1
             return True
-        items = self._items
+        items = self.items
         if items and (len(items) >= self._max_items or self._ns + size > self._max_ns):
             policy = self.link.policy
             if policy == "block":
@@ -173,10 +168,13 @@ class Edge:
                 return False
         items.append((chunk, size))
         self._ns = ns = self._ns + size
-        if len(items) > self._depth_max:
-            self._depth_max = len(items)
+        depth = len(items)
+        if depth > self._depth_max:
+            self._depth_max = depth
         if ns > self._ns_max:
             self._ns_max = ns
+        if depth >= self._max_items or ns >= self._max_ns:
+            self.full = self._blocks
         reader = self.reader
         if reader is not None and not reader.done():
             reader.set_result(None)
@@ -201,17 +199,15 @@ class Edge:
                 self._wake_writer()
             raise
 
-    def get_nowait(self) -> Chunk | None:
-        """The oldest chunk, or None when the edge is empty. Raises the error that the edge was closed with."""
-        items = self._items
-        if not items:
-            if self._error is not None:
-                raise self._error
-            return None
+    def take(self) -> Chunk:
+        """The oldest of the chunks that are there."""
+        items = self.items
         chunk, size = items.popleft()
         self._ns -= size
         self._passed += 1
-        self.popped_at = now = self._now()
+        if self.full:
+            self.full = len(items) >= self._max_items or self._ns >= self._max_ns
+        self.taken_at = now = self._now()
         lag = now - chunk.start / chunk.rate - size * 1e-9
         if lag < self._best:
             self._best = lag
@@ -228,7 +224,7 @@ class Edge:
 
     async def get(self) -> Chunk | None:
         """The oldest chunk, waiting for one; None when the edge has ended."""
-        while (chunk := self.get_nowait()) is None:
+        while not self.items:
             if self.closed:
                 return None
             self.reader = asyncio.get_running_loop().create_future()
@@ -236,7 +232,7 @@ class Edge:
                 await self.reader
             finally:
                 self.reader = None
-        return chunk
+        return self.take()
 
     def fence(self, epoch: int) -> None:
         """Drop every chunk older than ``epoch`` now, and refuse such chunks from now on."""
@@ -244,16 +240,17 @@ class Edge:
         self._best = float("inf")
         if self.lasting:
             return
-        kept = [item for item in self._items if item[0].epoch >= epoch]
-        self._dropped_stale += len(self._items) - len(kept)
-        self._items = deque(kept)
+        kept = [item for item in self.items if item[0].epoch >= epoch]
+        self._dropped_stale += len(self.items) - len(kept)
+        self.items = deque(kept)
         self._ns = sum(size for _, size in kept)
+        self.full = self._blocks and (len(kept) >= self._max_items or self._ns >= self._max_ns)
         self._wake_writers()
 
-    def close(self, error: BaseException | None = None) -> None:
-        """The producer has finished: the consumer gets what is queued, then the end, or ``error``."""
+    def close(self) -> None:
+        """The producer has finished: the consumer gets what is queued, then the end."""
         self.closed = True
-        self._error = self._error or error
+        self.full = False
         if self.reader is not None and not self.reader.done():
             self.reader.set_result(None)
         self._wake_writers()
@@ -261,15 +258,16 @@ class Edge:
     def abandon(self) -> None:
         """The consumer has finished: count what is queued and whatever still comes as unread."""
         self.abandoned = True
-        self._dropped_unread += len(self._items)
-        self._items.clear()
+        self._dropped_unread += len(self.items)
+        self.items.clear()
         self._ns = 0
+        self.full = False
         self._wake_writers()
 
     def stats(self) -> EdgeStats:
         """The counters now."""
         return EdgeStats(
-            depth=len(self._items),
+            depth=len(self.items),
             depth_max=self._depth_max,
             media_ms=self._ns / _NS_PER_MS,
             media_ms_max=self._ns_max / _NS_PER_MS,
@@ -283,7 +281,7 @@ class Edge:
 
     def _evict(self, size: int, *, newest: bool) -> bool:
         """Drop queued media from one side until ``size`` more nanoseconds fit; False when that is not enough."""
-        items = self._items
+        items = self.items
         while items and (len(items) >= self._max_items or self._ns + size > self._max_ns):
             order = range(len(items) - 1, -1, -1) if newest else range(len(items))
             at = next((i for i in order if items[i][0].droppable), None)

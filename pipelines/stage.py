@@ -261,47 +261,52 @@ class Context:
 class Input:
     """One input port of a running stage: ``async for chunk in input``. Several edges merge by media time."""
 
-    __slots__ = ("_edge", "_edges", "context", "name")
+    __slots__ = ("_edges", "_only", "context", "name")
 
     def __init__(self, context: Context, name: str, edges: Sequence[Edge]) -> None:
         self.context, self.name = context, name
         self._edges = tuple(edges)
-        self._edge = edges[0] if len(edges) == 1 else None
+        self._only = edges[0] if len(edges) == 1 else None
 
     def __aiter__(self) -> Input:
         return self
 
     async def __anext__(self) -> Chunk:
-        for edge in self.context.blocking:
-            while edge.full:
-                await edge.room()
-        while (chunk := self.get_nowait()) is None:
-            if self.ended:
+        for out in self.context.blocking:
+            while out.full:
+                await out.room()
+        edge = self._only if self._only is not None else self._earliest()
+        while not edge.items:
+            if edge.closed and self.ended:
                 raise StopAsyncIteration
             await _wait(self.context, self._edges)
-        return chunk
+            edge = self._only if self._only is not None else self._earliest()
+        return self._take(edge)
 
     def get_nowait(self) -> Chunk | None:
         """The next chunk, or None when there is none now."""
-        edge = self._edge
-        if edge is None:
-            edge = min(self._edges, key=_head_seconds)
-        chunk = edge.get_nowait()
-        if chunk is not None:
-            context = self.context
-            context.taken, context.taken_at, context.epoch = chunk, edge.popped_at, chunk.epoch
+        edge = self._earliest()
+        return self._take(edge) if edge.items else None
+
+    def _take(self, edge: Edge) -> Chunk:
+        context, chunk = self.context, edge.take()
+        context.taken, context.taken_at, context.epoch = chunk, edge.taken_at, chunk.epoch
         return chunk
+
+    def _earliest(self) -> Edge:
+        """The edge whose oldest chunk starts first in media time."""
+        return min(self._edges, key=_head_seconds)
 
     @property
     def ready(self) -> bool:
         """Whether a chunk is there."""
-        return any(len(edge) for edge in self._edges)
+        return any(edge.items for edge in self._edges)
 
     @property
     def ended(self) -> bool:
         """Whether no chunk will ever come again."""
         for edge in self._edges:  # noqa: SIM110 - once a chunk; all() of a generator costs three times this
-            if not edge.closed or len(edge):
+            if edge.items or not edge.closed:
                 return False
         return True
 

@@ -30,7 +30,7 @@ def put(edge: Edge, chunk: Chunk) -> bool:
 
 
 def drain(edge: Edge) -> list[int]:
-    return [chunk.seq for chunk in iter(edge.get_nowait, None)]
+    return [edge.take().seq for _ in range(len(edge))]
 
 
 def test_bounds_hold_in_items_and_in_media_time() -> None:
@@ -107,7 +107,7 @@ def test_a_lasting_edge_passes_older_chunks_on_as_new_ones() -> None:
     put(lasting, audio(0))
     lasting.fence(3)
     put(lasting, audio(1, epoch=2))
-    chunks = list(iter(lasting.get_nowait, None))
+    chunks = [lasting.take(), lasting.take()]
     assert [(chunk.seq, chunk.epoch) for chunk in chunks] == [(0, 3), (1, 3)]
     assert lasting.stats().dropped == 0
 
@@ -118,12 +118,12 @@ def test_lateness_grows_with_a_backlog_and_not_with_a_constant_delay() -> None:
     for i in range(10):
         now[0] = 5.0 + (i + 1) * 0.02
         put(steady, audio(i))
-        steady.get_nowait()
+        steady.take()
     assert steady.stats().late_ms_max == pytest.approx(0, abs=1e-6)
     for i in range(10, 20):
         now[0] += 0.03
         put(steady, audio(i))
-        steady.get_nowait()
+        steady.take()
     assert steady.stats().late_ms == pytest.approx(100)
 
 
@@ -162,15 +162,15 @@ def test_a_cancelled_producer_or_consumer_leaves_nothing_behind() -> None:
         assert put(narrow, audio(0))
         first, second = (asyncio.create_task(narrow.put(audio(i))) for i in (1, 2))
         await clock.sleep(0.1)
-        assert narrow.get_nowait().seq == 0  # wakes the first, which is cancelled before it runs
+        assert narrow.take().seq == 0  # wakes the first, which is cancelled before it runs
         first.cancel()
         await second  # so the room must pass to the second
-        assert narrow.get_nowait().seq == 2
+        assert narrow.take().seq == 2
 
     run_virtual(main())
 
 
-def test_close_ends_after_what_is_queued_and_an_error_is_raised() -> None:
+def test_close_ends_after_what_is_queued() -> None:
     async def main() -> None:
         closing = edge()
         put(closing, audio(0))
@@ -179,10 +179,6 @@ def test_close_ends_after_what_is_queued_and_an_error_is_raised() -> None:
         assert await closing.get() is None
         put(closing, audio(1))
         assert closing.stats().dropped_unread == 1
-        failed = edge()
-        failed.close(OSError("device lost"))
-        with pytest.raises(OSError, match="device lost"):
-            await failed.get()
 
     run_virtual(main())
 
@@ -222,8 +218,8 @@ def test_nothing_is_lost_uncounted_and_bounds_always_hold(
             except EdgeFull:
                 waiting += 1
         elif action == "g":
-            chunk = bounded.get_nowait()
-            if chunk is not None:
+            if len(bounded):
+                chunk = bounded.take()
                 assert chunk.epoch >= epoch
                 out.append(chunk.seq)
         else:

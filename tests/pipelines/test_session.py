@@ -157,7 +157,7 @@ def test_nothing_of_an_older_epoch_is_emitted_after_an_interruption(
                         chunk.epoch == session.epoch
                         for edge in session.edges.values()
                         if not edge.lasting
-                        for chunk, _ in edge._items
+                        for chunk, _ in edge.items
                     )
 
             task = asyncio.create_task(interrupt())
