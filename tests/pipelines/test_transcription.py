@@ -1,0 +1,212 @@
+"""The whole recogniser: streaming equals offline, batched equals alone, files equal live audio."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from antiphon.codecs.audio_file import AudioError, write
+from antiphon.codecs.mel import LogMel, MelConfig
+from antiphon.models.conformer.checkpoint import load
+from antiphon.pipelines.captions import Final
+from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.clock import VirtualClock, run_virtual
+from antiphon.pipelines.engine import Engine
+from antiphon.pipelines.recognizer import Blocks, Recognizer
+from antiphon.pipelines.stage import Inlet
+from antiphon.pipelines.stages.transcribe import Transcribe
+from antiphon.pipelines.transcription import Transcriber, Transcription
+
+from .recognisers import saved
+
+Pcm = NDArray[np.float32]
+LOOKAHEADS = (0, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def recognizer(checkpoint: Path) -> Recognizer:
+    return Recognizer(load(checkpoint))
+
+
+def noise(samples: int, seed: int) -> Pcm:
+    rng = np.random.default_rng(seed)
+    loud = np.repeat(rng.random(samples // 800 + 1), 800)[:samples]
+    return (rng.standard_normal(samples) * 0.2 * loud).astype(np.float32)
+
+
+def offline(recognizer: Recognizer, pcm: Pcm, lookahead: int) -> list[tuple[int, int]]:
+    """Tokens and frames of one masked pass over everything."""
+    with torch.inference_mode():
+        mel, length = recognizer.mel(torch.from_numpy(pcm)[None], torch.tensor([len(pcm)]))
+        frames, count = recognizer.asr.encoder(mel, length, lookahead)
+        valid = torch.arange(frames.shape[1])[None] < count[:, None]
+        state = {name: spec.new(2) for name, spec in recognizer.head.state_spec().items()}
+        tokens, times, number = recognizer.head.decode(
+            frames, valid, state, torch.tensor([0]), torch.tensor([True])
+        )  # fmt: skip
+    return list(zip(tokens[0, : number[0]].tolist(), times[0, : number[0]].tolist(), strict=True))
+
+
+class Session:
+    """Streams one recording through a lease."""
+
+    def __init__(self, engine: Engine, lookahead: int, pcm: Pcm, cuts: int = 0) -> None:
+        self.lease = engine.open_sync("asr", lookahead)
+        blocks = Blocks(lookahead)
+        pieces = np.split(pcm, sorted(np.random.default_rng(cuts).integers(0, len(pcm), cuts))) if cuts else [pcm]
+        self.blocks = [block for piece in pieces for block in blocks.push(piece)] + blocks.finish()
+        self.at = 0
+        self.frames = 0
+        self.heard: list[tuple[int, int]] = []
+
+    @property
+    def inputs(self) -> dict[str, object]:
+        block = self.blocks[self.at]
+        return {"pcm": block.pcm, "end": np.int64(block.end)}
+
+    def take(self, out: dict[str, torch.Tensor]) -> None:
+        count = int(out["count"])
+        times = (out["times"][:count] + self.frames).tolist()
+        self.heard += zip(out["tokens"][:count].tolist(), times, strict=True)
+        self.frames += int(out["frames"])
+        self.at += 1
+
+    @property
+    def done(self) -> bool:
+        return self.at == len(self.blocks)
+
+
+def alone(recognizer: Recognizer, lookahead: int, pcm: Pcm) -> list[tuple[int, int]]:
+    with Engine(inline=True) as engine:
+        engine.add("asr", recognizer, slots=1, variants=[lookahead], buckets=[4])
+        session = Session(engine, lookahead, pcm)
+        while not session.done:
+            session.take(engine.run_sync([(session.lease, session.inputs)])[0])
+    return session.heard
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+@pytest.mark.parametrize("samples", [1, 200, 1280, 20_000, 33_333])
+def test_streaming_gives_the_tokens_of_one_pass(recognizer: Recognizer, lookahead: int, samples: int) -> None:
+    pcm = noise(samples, samples)
+    expected = offline(recognizer, pcm, lookahead)
+    assert alone(recognizer, lookahead, pcm) == expected
+    if samples > 10_000:
+        assert len(expected) > 3
+
+
+def test_sessions_that_come_and_go_hear_what_they_hear_alone(recognizer: Recognizer) -> None:
+    rng = np.random.default_rng(5)
+    recordings = [(int(rng.choice(LOOKAHEADS)), noise(int(rng.integers(300, 30_000)), seed)) for seed in range(24)]
+    expected = [alone(recognizer, lookahead, pcm) for lookahead, pcm in recordings]
+    heard: dict[int, list[tuple[int, int]]] = {}
+    with Engine(inline=True) as engine:
+        engine.add("asr", recognizer, slots=8)
+        waiting = list(range(len(recordings)))
+        live: dict[int, Session] = {}
+        while waiting or live:
+            while waiting and len(live) < 8 and rng.random() < 0.7:
+                number = waiting.pop()
+                live[number] = Session(engine, *recordings[number], cuts=7)
+            ready = {number: live[number] for number in live if rng.random() < 0.7}
+            rows = engine.run_sync([(session.lease, session.inputs) for session in ready.values()])
+            for (number, session), out in zip(ready.items(), rows, strict=True):
+                session.take(out)
+                if session.done:
+                    session.lease.close()
+                    heard[number] = session.heard
+                    del live[number]
+    assert [heard[number] for number in range(len(recordings))] == expected
+
+
+def test_a_snapshot_continues_in_another_engine(recognizer: Recognizer) -> None:
+    pcm = noise(24_000, 3)
+    expected = alone(recognizer, 1, pcm)
+    with Engine(inline=True) as first, Engine(inline=True) as second:
+        for engine, slots in ((first, 3), (second, 5)):
+            engine.add("asr", recognizer, slots=slots, buckets=[4])
+        session = Session(first, 1, pcm)
+        for _ in range(4):
+            session.take(first.run_sync([(session.lease, session.inputs)])[0])
+        packed = session.lease.pack(session.lease.snapshot_sync())
+        second.open_sync("asr", 1)
+        session.lease = second.open_sync("asr", 1)
+        session.lease.restore(packed)
+        while not session.done:
+            session.take(second.run_sync([(session.lease, session.inputs)])[0])
+    assert session.heard == expected
+
+
+def test_files_together_say_what_each_says_alone(checkpoint: Path, tmp_path: Path) -> None:
+    paths = []
+    for number, samples in enumerate([5_000, 40_000, 16_000, 800, 30_000, 12_000]):
+        paths.append(tmp_path / f"{number}.wav")
+        write(paths[-1], noise(samples, number), 16_000)
+    with Transcriber(checkpoint, 80) as transcriber:
+        together: dict[int, list[object]] = {number: [] for number in range(len(paths))}
+        for number, caption in transcriber.transcribe_many(paths):
+            together[number].append(caption)
+        assert together == {number: list(transcriber.transcribe(path)) for number, path in enumerate(paths)}
+        assert sum(map(len, together.values())) > 10
+
+
+def test_the_stage_says_what_the_file_says(checkpoint: Path, recognizer: Recognizer, tmp_path: Path) -> None:
+    pcm = np.round(noise(40_000, 9) * 32767).astype(np.int16)
+    write(tmp_path / "a.wav", pcm.astype(np.float32) / 32768, 16_000)
+    with Transcriber(checkpoint, 0) as transcriber:
+        expected = [(c.text, isinstance(c, Final)) for c in transcriber.transcribe(tmp_path / "a.wav")]
+
+    async def live() -> list[tuple[str, bool]]:
+        with Engine(inline=True, clock=VirtualClock()) as engine:
+            engine.add("asr", recognizer, slots=2)
+            graph = Inlet() >> Transcribe(lookahead=0)
+            async with graph.session(engine=engine) as session:
+
+                async def speak() -> None:
+                    samples = pcm.astype(np.float32) / 32768
+                    for start in range(0, len(samples), 320):
+                        await session.clock.sleep(0.02)
+                        await session.send(Audio(samples=samples[start : start + 320], rate=16_000, start=start))
+                    session.finish()
+
+                speaking = asyncio.create_task(speak())
+                out = [(c.text, c.final) async for c in session.outputs() if isinstance(c, Text)]
+                await speaking
+            assert engine.metrics()["models"]["asr"]["used"] == 0
+            return out
+
+    assert run_virtual(live()) == expected
+    assert len(expected) > 5
+
+
+def test_what_does_not_fit_is_named(checkpoint: Path, recognizer: Recognizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no lookahead of 100 ms; it has: 0, 80, 240"):
+        Transcription(recognizer, 100)
+    with pytest.raises(ValueError, match="no choice of language, got 'fr'"):
+        Transcription(recognizer, language="fr")
+    with pytest.raises(ValueError, match="no 'lstm' decoder; it has: rnnt, ctc"):
+        Recognizer(recognizer.asr, "lstm")
+    with Transcriber(checkpoint) as transcriber, pytest.raises(AudioError, match=r"missing\.wav"):
+        list(transcriber.transcribe(tmp_path / "missing.wav"))
+
+
+def test_ctc_streams_too(checkpoint: Path) -> None:
+    recognizer = Recognizer(load(checkpoint), "ctc")
+    pcm = noise(20_000, 1)
+    assert alone(recognizer, 1, pcm) == offline(recognizer, pcm, 1)
+
+
+def test_the_default_is_the_first_variant(recognizer: Recognizer) -> None:
+    assert recognizer.variant(None) == recognizer.variants[0] == 1
+    assert recognizer.tick(1) == pytest.approx(0.16)
+    assert MelConfig.from_nemo(recognizer.asr.mel) == LogMel().config
