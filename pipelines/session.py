@@ -339,7 +339,8 @@ class Outlet:
         """Stamp the chunk and put it on the edges; False when some edge has to be awaited, with ``put_rest``."""
         if not isinstance(chunk, Chunk):
             raise TypeError(f"it yielded {chunk!r}: yield a chunk, or (port, chunk) from a stage with several outputs")
-        context, now, size = self.context, self._now(), chunk.nanoseconds
+        context, now = self.context, self._now()
+        size = chunk.duration * 1_000_000_000 // chunk.rate  # chunk.nanoseconds, without a call
         if self._source:
             context.epoch, context.taken_at = context.session.epoch, now
         if chunk.epoch == UNSET:
