@@ -97,9 +97,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except BrokenPipeError:
-        # The reader has what it wanted; nothing is left to flush to it at exit.
+        # The reader has what it wanted; nothing may be left to flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
+        status = 1
     except CommandError as error:
         complain(str(error))
         status = 2

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as Styled
@@ -55,12 +56,14 @@ def run(
     """See ``antiphon transcribe --help``. Raises CommandError, after captioning what can be captioned."""
     if realtime and STDIN in files:
         raise CommandError("standard input cannot be played at its own pace: save it to a file, or omit --realtime")
+    _check(device)
     outputs = Outputs(files, format, output, in_turn=realtime)
     recordings = _readable(files)
     console = stderr()
     try:
         with console.status("Loading the model"):
             transcriber = Transcriber(model, lookahead, device=device, language=language)
+            transcriber.recognizer.constant_inputs(language)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from error
     with warnings_as_lines(AudioWarning), outputs, transcriber:
@@ -77,6 +80,16 @@ def run(
     console.print(said, style="dim")
     if len(recordings) < len(files):
         raise CommandError(f"{len(files) - len(recordings)} of {len(files)} files could not be read")
+
+
+def _check(device: str | None) -> None:
+    """Raises CommandError for a device that does not exist here."""
+    kind, _, index = (device or "cpu").partition(":")
+    if kind == "cuda" and (index or "0").isdecimal():
+        if int(index or 0) >= torch.cuda.device_count():
+            raise CommandError(f"there is no {device} here: {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    elif device not in (None, "cpu"):
+        raise CommandError(f"no device {device!r}: use cpu, cuda or cuda:1")
 
 
 def _readable(files: Sequence[str]) -> list[Recording]:
