@@ -66,7 +66,6 @@ class MelConfig:
         """
         rate = int(preprocessor.get("sample_rate", 16000))
         window = int(preprocessor.get("n_window_size") or preprocessor.get("window_size", 0.02) * rate)
-        guard = preprocessor.get("log_zero_guard_value", 2.0**-24)
         fixed = {
             "normalize": (preprocessor.get("normalize", "per_feature"), ("NA", None, False)),
             "window": (preprocessor.get("window", "hann"), ("hann",)),
@@ -88,7 +87,7 @@ class MelConfig:
             window=window,
             hop=int(preprocessor.get("n_window_stride") or preprocessor.get("window_stride", 0.01) * rate),
             preemphasis=float(preprocessor.get("preemph", 0.97) or 0.0),
-            guard=guard if isinstance(guard, float) else getattr(torch.finfo(torch.float32), str(guard)),
+            guard=_guard(preprocessor.get("log_zero_guard_value", 2.0**-24)),
             f_min=float(preprocessor.get("lowfreq", 0.0)),
             f_max=None if f_max is None else float(f_max),
         )
@@ -112,6 +111,16 @@ class MelConfig:
     def block(self, lookahead: int) -> int:
         """Samples of a block for a lookahead in encoder frames."""
         return self.chunk_frames * self.hop * (lookahead + 1)
+
+
+def _guard(value: float | str) -> float:
+    """NeMo's ``log_zero_guard_value``: a number, or the name of a property of float32."""
+    if value in ("tiny", "eps"):
+        return float(getattr(torch.finfo(torch.float32), str(value)))
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ValueError(f"preprocessor.log_zero_guard_value = {value!r} is neither a number, tiny nor eps") from error
 
 
 def slaney_filters(config: MelConfig) -> Tensor:

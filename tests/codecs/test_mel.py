@@ -204,3 +204,6 @@ def test_config_from_nemo() -> None:
     assert MelConfig.from_nemo(section) == MelConfig(n_mels=128)
     with pytest.raises(ValueError, match=r"preprocessor\.normalize = 'per_feature' is not supported"):
         MelConfig.from_nemo({**section, "normalize": "per_feature"})
+    assert MelConfig.from_nemo({**section, "log_zero_guard_value": "eps"}).guard == 2**-23
+    with pytest.raises(ValueError, match="log_zero_guard_value = 'small' is neither"):
+        MelConfig.from_nemo({**section, "log_zero_guard_value": "small"})
