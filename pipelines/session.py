@@ -46,8 +46,8 @@ class Heard:
 class Session:
     """A running graph. Use as an async context manager; ``Graph.session`` makes one.
 
-    clock: the running loop's by default. engine: what ``ctx.open`` leases from. trace: spans kept. record: a
-    ``Recorder`` that sources and outputs are written to. Raises GraphError for a graph that cannot run.
+    clock: the running loop's by default. engine: what ``ctx.open`` leases from. trace: spans kept for each output.
+    record: a ``Recorder`` that sources and outputs are written to. Raises GraphError for a graph that cannot run.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Session:
         clock: Clock | None = None,
         engine: Any = None,
         id: str | None = None,
-        trace: int = 512,
+        trace: int = 128,
         record: Recorder | None = None,
     ) -> None:
         graph.validate()
@@ -326,7 +326,7 @@ class Outlet:
         self.recorder: Callable[[Chunk], None] | None = None
         self._edge = edges[0]
         self._now = context.clock.now
-        self._record = context.session.trace.record
+        self._record = context.session.trace.lane(context.name).record
         self._seq = 0
         self._source = not context.stage.inputs
 
@@ -348,8 +348,7 @@ class Outlet:
         if chunk.seq == UNSET:
             _set(chunk, "seq", self._seq)
             self._seq += 1
-        kind = type(chunk).__name__
-        self._record((context.name, kind, chunk.seq, chunk.epoch, chunk.start, size, chunk.rate, context.taken_at, now))
+        self._record(chunk, size, context.taken_at, now)
         if self.recorder is not None:
             self.recorder(chunk)
         if len(self.edges) == 1:

@@ -1,9 +1,17 @@
-"""A session's trace: when each chunk entered and left each stage, in a bounded ring that holds no media."""
+"""A session's trace: when each chunk entered and left each stage, in bounded rings that hold no media.
+
+The rings are flat lists written in place: a record leaves no object behind for the garbage collector to count, whose
+runs over a full house of sessions would cost more than everything else here.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .chunk import Chunk
+
+_FIELDS = 8
 
 
 class Span(NamedTuple):
@@ -35,18 +43,57 @@ class Mark(NamedTuple):
     at: float
 
 
-class Trace:
-    """The last ``size`` spans and interruptions of a session (0 keeps none)."""
+class Lane:
+    """The ring of one output port."""
 
-    def __init__(self, size: int = 512) -> None:
-        self._spans: deque[tuple[str, str, int, int, int, int, int, float, float]] = deque(maxlen=size)
+    __slots__ = ("_at", "_ring", "stage")
+
+    def __init__(self, stage: str, size: int) -> None:
+        self.stage = stage
+        self._ring: list[Any] = [None] * (size * _FIELDS)
+        self._at = 0
+
+    def record(self, chunk: Chunk, nanoseconds: int, taken: float, emitted: float) -> None:
+        """The stage emitted ``chunk``, made of what it took at ``taken``."""
+        ring, at = self._ring, self._at
+        if ring:
+            ring[at : at + _FIELDS] = (
+                type(chunk),
+                chunk.seq,
+                chunk.epoch,
+                chunk.start,
+                nanoseconds,
+                chunk.rate,
+                taken,
+                emitted,
+            )
+            at += _FIELDS
+            self._at = at if at < len(ring) else 0
+
+    def spans(self) -> list[Span]:
+        """Oldest first."""
+        ring = self._ring[self._at :] + self._ring[: self._at]
+        rows = (ring[i : i + _FIELDS] for i in range(0, len(ring), _FIELDS))
+        return [Span(self.stage, row[0].__name__, *row[1:]) for row in rows if row[0] is not None]
+
+
+class Trace:
+    """The last ``size`` spans of each output port, and as many interruptions (0 keeps none)."""
+
+    def __init__(self, size: int = 128) -> None:
+        self.size = size
         self.marks: deque[Mark] = deque(maxlen=size)
-        self.record = self._spans.append  # takes a plain tuple in Span's order: made once a chunk and stage
+        self._lanes: list[Lane] = []
+
+    def lane(self, stage: str) -> Lane:
+        """A ring for one more output port."""
+        self._lanes.append(Lane(stage, self.size))
+        return self._lanes[-1]
 
     @property
     def spans(self) -> list[Span]:
-        """Oldest first."""
-        return [Span._make(span) for span in self._spans]
+        """In the order they were emitted."""
+        return sorted((span for lane in self._lanes for span in lane.spans()), key=lambda span: span.emitted)
 
     def draw(self) -> str:
         """An SVG timeline, one lane a stage."""
