@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from ..pipelines.captions import Caption, Word
+from ..pipelines.captions import Caption
+from ..pipelines.chunk import Word
 
 LINE = 42  # characters
 LINES = 2
@@ -74,7 +75,8 @@ def _balance(texts: list[str]) -> list[str]:
     if len(lines) < 2:
         return lines
     breaks = [(" ".join(texts[:at]), " ".join(texts[at:])) for at in range(1, len(texts))]
-    return list(min(breaks, key=lambda two: (max(len(two[0]), len(two[1])), len(two[0]) > len(two[1]))))
+    upper, lower = min(breaks, key=lambda two: (max(len(two[0]), len(two[1])), len(two[0]) > len(two[1])))
+    return [upper, lower]
 
 
 class Subtitles(ABC):

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 
@@ -29,7 +29,14 @@ def complain(message: str) -> None:
 def warnings_as_lines(category: type[Warning]) -> Iterator[None]:
     """Every warning of that category is one line on standard error, without its place in the code."""
 
-    def show(message: Warning | str, kind: type[Warning], *_: Any, **__: Any) -> None:
+    def show(
+        message: Warning | str,
+        kind: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(kind, category):
             complain(f"warning: {message}")
 

@@ -120,7 +120,7 @@ def test_live_captions_are_those_of_the_file(
         r"first partial (\d\.\d+) s after its word began, final (\d\.\d+) s after its last word\n",
         ran.err,
     )
-    assert closing
+    assert closing, ran.err
     # Virtual time counts no computing: at most the chunk of 160 ms and the window, less where the chunk ends sooner.
     assert 0.08 <= float(closing[1]) <= 0.32
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 from antiphon.apps.subtitles import FORMATS, LINE, LONGEST, Cue, cues, timestamp
-from antiphon.pipelines.captions import Final, Word
+from antiphon.pipelines.captions import Final
+from antiphon.pipelines.chunk import Word
 from hypothesis import given
 from hypothesis import strategies as st
 
