@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...models.streaming import StreamingModel
 from .admission import Admission, Shedding
+from .answers import STEP_ERRORS, Command, running_loop, settle
 from .errors import AtCapacity, Closed, Stale, StepFailed
 from .lease import Lease
 from .metrics import LaneMetrics
@@ -24,43 +25,9 @@ from .slots import SlotStore
 if TYPE_CHECKING:
     from .engine import Engine
 
-T = TypeVar("T")
-Waiter = asyncio.Future[Any] | Future[Any]
 Cost = Callable[[str, Hashable, int], float]
 
 WARM_STEPS = 3
-
-# What a model's step may raise without taking the engine down. Anything else ends the engine and is reported.
-STEP_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
-    OSError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
-
-class Command(Generic[T]):
-    """Something to do in the engine's thread, and who waits for its result."""
-
-    __slots__ = ("_call", "_waiter")
-
-    def __init__(self, call: Callable[[], T], waiter: Waiter | None) -> None:
-        self._call = call
-        self._waiter = waiter
-
-    def __call__(self) -> None:
-        if self._waiter is None:
-            self._call()
-            return
-        try:
-            result = self._call()
-        except STEP_ERRORS as error:
-            self.fail(error)
-        else:
-            _give(self._waiter, result, None)
-
-    def fail(self, error: Exception) -> None:
-        """Answer with an error instead."""
-        if self._waiter is not None:
-            _give(self._waiter, None, error)
 
 
 @dataclass(eq=False, slots=True)
@@ -312,7 +279,7 @@ class Core:
         for pair in zip(works, outcomes, strict=True):
             waiter = pair[0].waiter
             if isinstance(waiter, Future):
-                _settle(waiter, pair[1])
+                settle(waiter, pair[1])
             else:
                 loop = waiter.get_loop()
                 if loop in loops:
@@ -320,7 +287,7 @@ class Core:
                 else:
                     loops[loop] = [pair]
         for loop, pairs in loops.items():
-            if loop is _running_loop():
+            if loop is running_loop():
                 self._settle_all(pairs)
                 continue
             try:
@@ -334,38 +301,6 @@ class Core:
             work.lease.answered(work)
             waiter = work.waiter
             if not waiter.done():
-                _settle(waiter, outcome)
+                settle(waiter, outcome)
             else:
                 self.counts["abandoned" if waiter.cancelled() else "discarded"] += 1
-
-
-def _settle(waiter: Waiter, outcome: Row | Exception) -> None:
-    if isinstance(outcome, Row):
-        waiter.set_result(outcome)
-    else:
-        waiter.set_exception(outcome)
-
-
-def _give(waiter: Waiter, result: object, error: Exception | None) -> None:
-    """Settle the waiter of a command, from any thread."""
-
-    def settle() -> None:
-        if waiter.done():
-            return
-        if error is None:
-            waiter.set_result(result)
-        else:
-            waiter.set_exception(error)
-
-    if isinstance(waiter, Future) or waiter.get_loop() is _running_loop():
-        settle()
-        return
-    if not waiter.get_loop().is_closed():
-        waiter.get_loop().call_soon_threadsafe(settle)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

@@ -12,7 +12,8 @@ from collections import deque
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from .core import Command, Core
+from .answers import Command
+from .core import Core
 from .errors import EngineError
 from .runner import Flight
 from .scheduler import Barrier, Batch, Work

@@ -20,7 +20,8 @@ import torch
 from ...models.streaming import StreamingModel
 from ..clock import Clock, WallClock
 from .admission import LIMIT, Shedding
-from .core import Command, Core, Cost
+from .answers import Command
+from .core import Core, Cost
 from .drive import Driver, InlineDriver, Item, ThreadDriver
 from .errors import Closed
 from .lease import Lease

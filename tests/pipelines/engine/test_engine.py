@@ -365,6 +365,19 @@ def test_files_run_without_an_event_loop() -> None:
     assert [thread for thread in threading.enumerate() if thread.name.startswith("engine")] == []
 
 
+def test_a_file_wakes_an_engine_that_sleeps_until_a_tick() -> None:
+    async def main(engine: Engine) -> None:
+        engine.add("soon", Null(), slots=2, tick=60.0)
+        engine.add("late", Null(), slots=2, tick=90.0)
+        soon, late, file = await engine.open("soon"), await engine.open("late"), await engine.open("late", paced=False)
+        await asyncio.gather(soon.step(x(0)), late.step(x(0)))
+        held = soon.step(x(0))  # for a minute: the engine sleeps
+        assert (await file.step(x(0)))["count"].item() == 1
+        assert not held.done()
+
+    in_thread(main)
+
+
 def test_virtual_time_is_deterministic_and_ticks_hold() -> None:
     def once() -> list[tuple[float, int]]:
         log: list[tuple[float, int]] = []
