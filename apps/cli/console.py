@@ -26,21 +26,21 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def warnings_as_lines(category: type[Warning]) -> Iterator[None]:
-    """Every warning of that category is one line on standard error, without its place in the code."""
+def warnings_as_lines(wanted: type[Warning]) -> Iterator[None]:
+    """Every warning of that kind is one line on standard error, without its place in the code."""
 
     def show(
         message: Warning | str,
-        kind: type[Warning],
+        category: type[Warning],
         filename: str,
         lineno: int,
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(kind, category):
+        if issubclass(category, wanted):
             complain(f"warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", category)
+        warnings.simplefilter("always", wanted)
         warnings.showwarning = show
         yield

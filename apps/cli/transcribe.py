@@ -145,8 +145,8 @@ def _progress(recordings: list[Recording]) -> Progress:
 
 
 @dataclass
-class _Latency:
-    """Seconds from when words were spoken to when they were shown."""
+class Latency:
+    """Of each caption, seconds from when its words were spoken to when they were shown; medians in text."""
 
     first: list[float] = field(default_factory=list)
     finals: list[float] = field(default_factory=list)
@@ -160,11 +160,11 @@ class _Latency:
 
 async def _live(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber, stage: Transcribe) -> str:
     """One file after the other through the graph that live audio takes. Returns the closing line."""
-    latency = _Latency()
+    latency = Latency()
     for recording in recordings:
         graph = FileSource(recording.path, realtime=True) >> stage
         async with graph.session(engine=transcriber.engine) as session:
-            await _show(session.outputs(), session.clock, recording, outputs, latency)
+            await show(session.outputs(), session.clock, recording, outputs, latency)
         outputs.close(recording.path, recording.seconds)
     seconds = sum(one.seconds for one in recordings)
     lanes = transcriber.engine.metrics()["models"]["asr"]["variants"].values()
@@ -172,8 +172,8 @@ async def _live(recordings: list[Recording], outputs: Outputs, transcriber: Tran
     return f"{seconds:.1f} s of audio; {_factor(busy, seconds)}; {latency}"
 
 
-async def _show(
-    texts: AsyncIterator[Chunk], clock: Clock, recording: Recording, outputs: Outputs, latency: _Latency
+async def show(
+    texts: AsyncIterator[Chunk], clock: Clock, recording: Recording, outputs: Outputs, latency: Latency
 ) -> None:
     """What may still change in grey, below what is final."""
     began, new = clock.now(), True

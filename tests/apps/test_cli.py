@@ -13,15 +13,18 @@ import subprocess
 import sys
 import tarfile
 import wave
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from antiphon.apps.cli import main
+from antiphon.apps.cli.outputs import Outputs
+from antiphon.apps.cli.transcribe import Latency, Recording, show
 from antiphon.codecs import audio_file
-from antiphon.pipelines.clock import run_virtual
+from antiphon.pipelines.chunk import Text, Word
+from antiphon.pipelines.clock import VirtualClock, run_virtual
 
 SAMPLE = Path(__file__).parents[2] / "apps" / "samples" / "two_cities.flac"
 RATE = 16000
@@ -115,14 +118,34 @@ def test_live_captions_are_those_of_the_file(
     monkeypatch.setattr(asyncio, "run", run_virtual)
     ran = antiphon("transcribe", clip, "--model", checkpoint, "--lookahead", "80", "--realtime")
     assert (ran.status, ran.out) == (0, offline), ran.err
-    closing = re.fullmatch(
-        r"5\.0 s of audio; real-time factor \d\.\d+; "
-        r"first partial (\d\.\d+) s after its word began, final (\d\.\d+) s after its last word\n",
+    number = r"\d+\.\d+"
+    assert re.fullmatch(
+        rf"5\.0 s of audio; real-time factor {number}; "
+        rf"first partial {number} s after its word began, final {number} s after its last word\n",
         ran.err,
     )
-    assert closing, ran.err
-    # Virtual time counts no computing: at most the chunk of 160 ms and the window, less where the chunk ends sooner.
-    assert 0.08 <= float(closing[1]) <= 0.32
+
+
+def test_live_latency_counts_from_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two captions: shown 0.4 and 0.6 s after their first word began, final 1.1 and 1.3 s after their last ended."""
+
+    async def captions() -> AsyncIterator[Text]:
+        for start, partial, final in ((1.0, 1.4, 2.6), (5.0, 5.6, 6.8)):
+            words = (Word("one", start, start + 0.2), Word("two", start + 0.3, start + 0.5))
+            await asyncio.sleep(partial - asyncio.get_running_loop().time())
+            yield Text(text="one", words=words[:1], rate=RATE)
+            await asyncio.sleep(final - asyncio.get_running_loop().time())
+            yield Text(text="one two", words=words, rate=RATE, final=True)
+
+    async def shown() -> str:
+        latency = Latency()
+        with Outputs(["a.wav"], "text", None, in_turn=True) as outputs:
+            await show(captions(), VirtualClock(), Recording("a.wav", 8.0), outputs, latency)
+        return str(latency)
+
+    expected = "first partial 0.50 s after its word began, final 1.20 s after its last word"
+    assert run_virtual(shown()) == expected
+    assert capsys.readouterr().out == "one two\none two\n"
 
 
 def test_several_files_follow_each_other(antiphon: Antiphon, clip: Path, checkpoint: Path, tmp_path: Path) -> None:
