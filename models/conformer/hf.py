@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import SUBSAMPLING, ASRConfig, ConformerConfig, PromptConfig, TransducerConfig
-from .files import CheckpointError, read_json, read_safetensors, reading
+from .files import read_json, read_safetensors, reading
 from .tokenizer import Source, Tokenizer
 
 MODEL_TYPES = ("nemotron_asr_streaming", "nemotron3_5_asr")
@@ -52,12 +52,12 @@ def config_from(
 ) -> ASRConfig:
     """From ``config.json``, ``processor_config.json`` and ``generation_config.json``."""
     if settings.get("model_type") not in MODEL_TYPES:
-        raise CheckpointError(f"model_type is {settings.get('model_type')!r}; known are {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"model_type is {settings.get('model_type')!r}; known are {', '.join(MODEL_TYPES)}")
     encoder = _encoder_config(settings.get("encoder_config") or {}, processor, weights)
     labels = int(settings.get("vocab_size", weights["joint.head.weight"].shape[0])) - 1
     blank = int(settings.get("blank_token_id", labels))
     if blank != labels:
-        raise CheckpointError(f"blank_token_id is {blank}; only the last of the {labels + 1} labels can be the blank")
+        raise ValueError(f"blank_token_id is {blank}; only the last of the {labels + 1} labels can be the blank")
     width = int(settings.get("decoder_hidden_size", 640))
     transducer = TransducerConfig(
         vocabulary=labels,
@@ -81,7 +81,7 @@ def _encoder_config(
 ) -> ConformerConfig:
     for name, needed in FIXED.items():
         if settings.get(name, needed) != needed:
-            raise CheckpointError(f"encoder_config.{name} is {settings[name]!r}; only {needed!r} is known")
+            raise ValueError(f"encoder_config.{name} is {settings[name]!r}; only {needed!r} is known")
     supported = processor.get("supported_num_lookahead_tokens") or settings.get("supported_num_lookahead_tokens")
     default = processor.get("default_num_lookahead_tokens") or settings.get("default_num_lookahead_tokens")
     lookaheads = [int(frames) for frames in supported or LOOKAHEADS]
@@ -116,16 +116,16 @@ def _prompt_config(
     default = int(settings.get("default_prompt_id", 101))
     name = next((name for name, index in languages.items() if index == default), None)
     if name is None:
-        raise CheckpointError(f"prompt_dictionary of processor_config.json names no language of index {default}")
+        raise ValueError(f"prompt_dictionary of processor_config.json names no language of index {default}")
     return PromptConfig(languages, int(settings.get("num_prompts", 128)), first.shape[0], name)
 
 
 def _mel_settings(extractor: Mapping[str, Any], mels: int) -> dict[str, Any]:
     """A feature extractor's settings under NeMo's names."""
     if int(extractor.get("feature_size", mels)) != mels:
-        raise CheckpointError(f"feature_size is {extractor['feature_size']}, encoder_config.num_mel_bins is {mels}")
+        raise ValueError(f"feature_size is {extractor['feature_size']}, encoder_config.num_mel_bins is {mels}")
     if extractor.get("mel_filters_dtype", "float32") != "float32":
-        raise CheckpointError(f"mel_filters_dtype is {extractor['mel_filters_dtype']!r}; only 'float32' is known")
+        raise ValueError(f"mel_filters_dtype is {extractor['mel_filters_dtype']!r}; only 'float32' is known")
     return {
         "sample_rate": int(extractor.get("sampling_rate", 16000)),
         "features": mels,

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .files import CheckpointError
-
 
 @dataclass(frozen=True)
 class Name:
@@ -121,7 +119,7 @@ def from_layout(theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], 
     """Their weights under our names.
 
     shapes: ours, of every weight that the configuration calls for.
-    Raises CheckpointError naming weights that are missing, left over or of another shape than configured.
+    Raises ValueError naming weights that are missing, left over or of another shape than configured.
     """
     ours: dict[str, Tensor] = {}
     missing: list[str] = []
@@ -141,13 +139,13 @@ def from_layout(theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], 
         if len(shape) == 2 and value.dim() > 2:
             value = value.flatten(1)
         if value.shape != shape:
-            raise CheckpointError(f"{names[0]} is {list(parts[0].shape)} where the configuration says {list(shape)}")
+            raise ValueError(f"{names[0]} is {list(parts[0].shape)} where the configuration says {list(shape)}")
         ours[key] = value
     over = [name for name in theirs if name not in used and not name.startswith(layout.extra)]
     for problem, names_ in (("lacks", missing), ("has no place for", over)):
         if names_:
             more = f" and {len(names_) - 3} more" if len(names_) > 3 else ""
-            raise CheckpointError(f"the configured model {problem} {', '.join(names_[:3])}{more}")
+            raise ValueError(f"the configured model {problem} {', '.join(names_[:3])}{more}")
     return ours
 
 

@@ -71,9 +71,9 @@ def _members(archive: tarfile.TarFile, path: Path) -> dict[str, tarfile.TarInfo]
 
 def _member(members: Mapping[str, tarfile.TarInfo], name: str, most: int) -> tarfile.TarInfo:
     if name not in members:
-        raise CheckpointError(f"the archive has no {name}; it holds {', '.join(sorted(members)[:8]) or 'nothing'}")
+        raise ValueError(f"the archive has no {name}; it holds {', '.join(sorted(members)[:8]) or 'nothing'}")
     if members[name].size > most:
-        raise CheckpointError(f"{name} says it has {members[name].size} bytes, more than {most}")
+        raise ValueError(f"{name} says it has {members[name].size} bytes, more than {most}")
     return members[name]
 
 
@@ -92,14 +92,14 @@ def _weights(archive: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo]) -
         copy.flush()
         loaded = torch.load(copy.name, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{WEIGHTS} is no table of tensors")
+        raise ValueError(f"{WEIGHTS} is no table of tensors")
     return dict(loaded)
 
 
 def config_from(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ASRConfig:
     """From ``model_config.yaml``; what it leaves out is read off the weights or is NeMo's default.
 
-    Raises CheckpointError naming settings under which a model cannot stream.
+    Raises ValueError naming settings under which a model cannot stream.
     """
     joint = settings.get("joint")
     head = next((name for name in ("ctc_decoder", "decoder") if f"{name}.decoder_layers.0.weight" in weights), None)
@@ -108,11 +108,11 @@ def config_from(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> A
     elif joint is not None:
         vocabulary = int(settings["decoder"]["vocab_size"])
     else:
-        raise CheckpointError("neither a transducer (joint) nor a CTC head is configured")
+        raise ValueError("neither a transducer (joint) nor a CTC head is configured")
     encoder = encoder_config_from(settings["encoder"], weights)
     mel = dict(settings.get("preprocessor") or {})
     if int(mel.get("features", encoder.mels)) != encoder.mels:
-        raise CheckpointError(f"preprocessor.features is {mel['features']}, encoder.feat_in is {encoder.mels}")
+        raise ValueError(f"preprocessor.features is {mel['features']}, encoder.feat_in is {encoder.mels}")
     return ASRConfig(
         encoder=encoder,
         vocabulary=vocabulary,
@@ -128,7 +128,7 @@ def encoder_config_from(settings: Mapping[str, Any], weights: Mapping[str, Tenso
     for name, (default, needed) in STREAMING.items():
         value = settings.get(name, default)
         if value != needed:
-            raise CheckpointError(
+            raise ValueError(
                 f"encoder.{name} is {value!r}: this model cannot stream frame by frame, which needs {needed!r}"
             )
     contexts = settings.get("att_context_size") or [-1, -1]
@@ -136,7 +136,7 @@ def encoder_config_from(settings: Mapping[str, Any], weights: Mapping[str, Tenso
         contexts = [contexts]
     left = {int(pair[0]) for pair in contexts}
     if len(left) != 1 or min(left) < 1:
-        raise CheckpointError(f"encoder.att_context_size is {contexts}: streaming needs one finite left context")
+        raise ValueError(f"encoder.att_context_size is {contexts}: streaming needs one finite left context")
     width = int(settings["d_model"])
     layer = "encoder.layers.0."
     uses_bias = settings.get("use_bias", f"{layer}self_attn.linear_q.bias" in weights)
@@ -145,7 +145,7 @@ def encoder_config_from(settings: Mapping[str, Any], weights: Mapping[str, Tenso
         width=width,
         layers=int(settings["n_layers"]),
         heads=int(settings.get("n_heads", 4)),
-        feedforward=width * int(settings.get("ff_expansion_factor", 4)),
+        feedforward=int(width * settings.get("ff_expansion_factor", 4)),
         kernel=int(settings.get("conv_kernel_size", 31)),
         channels=_positive(settings.get("subsampling_conv_channels", -1), width),
         left=left.pop(),
@@ -166,7 +166,7 @@ def _positive(value: int, otherwise: int) -> int:
 def _transducer_config(settings: Mapping[str, Any], encoder_width: int) -> TransducerConfig:
     network, joint = settings["decoder"]["prednet"], settings["joint"]["jointnet"]
     if joint.get("activation", "relu") != "relu":
-        raise CheckpointError(f"joint.jointnet.activation is {joint['activation']!r}; only 'relu' is known")
+        raise ValueError(f"joint.jointnet.activation is {joint['activation']!r}; only 'relu' is known")
     greedy = (settings.get("decoding") or {}).get("greedy") or {}
     return TransducerConfig(
         vocabulary=int(settings["decoder"]["vocab_size"]),
@@ -186,7 +186,7 @@ def _prompt_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     defaults = settings.get("model_defaults") or {}
     languages = {str(name): int(index) for name, index in (defaults.get("prompt_dictionary") or {}).items()}
     if not languages:
-        raise CheckpointError("model_defaults.prompt_dictionary names no languages, yet the weights hold a prompt")
+        raise ValueError("model_defaults.prompt_dictionary names no languages, yet the weights hold a prompt")
     return PromptConfig(
         languages=languages,
         count=int(settings.get("num_prompts") or defaults.get("num_prompts") or 128),
