@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -91,6 +92,8 @@ def version() -> None:
 
 def main() -> None:
     """The console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' advice to programmers; ours are shown as lines
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()
