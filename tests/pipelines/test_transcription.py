@@ -86,9 +86,11 @@ class Session:
         return self.at == len(self.blocks)
 
 
-def alone(recognizer: Recognizer, lookahead: int, pcm: Pcm) -> list[tuple[int, int]]:
-    with Engine(inline=True) as engine:
-        engine.add("asr", recognizer, slots=1, variants=[lookahead], buckets=[4])
+def alone(
+    recognizer: Recognizer, lookahead: int, pcm: Pcm, *, device: str = "cpu", bucket: int = 4
+) -> list[tuple[int, int]]:
+    with Engine(device, inline=True) as engine:
+        engine.add("asr", recognizer, slots=1, variants=[lookahead], buckets=[bucket])
         session = Session(engine, lookahead, pcm)
         while not session.done:
             session.take(engine.run_sync([(session.lease, session.inputs)])[0])
@@ -204,6 +206,32 @@ def test_ctc_streams_too(checkpoint: Path) -> None:
     recognizer = Recognizer(load(checkpoint), "ctc")
     pcm = noise(20_000, 1)
     assert alone(recognizer, 1, pcm) == offline(recognizer, pcm, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_captured_steps_hear_what_the_cpu_hears(checkpoint: Path, recognizer: Recognizer, lookahead: int) -> None:
+    captured = Recognizer(load(checkpoint, device="cuda"))
+    pcm = noise(160_000, 4)
+    expected, heard = alone(recognizer, lookahead, pcm), alone(captured, lookahead, pcm, device="cuda")
+    assert abs(len(heard) - len(expected)) <= 0.02 * len(expected)
+    assert len(set(heard) & set(expected)) >= 0.97 * len(expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_on_the_gpu_change_no_token(checkpoint: Path, dtype: torch.dtype) -> None:
+    captured = Recognizer(load(checkpoint, device="cuda", dtype=dtype))
+    recordings = [noise(20_000 + 1000 * seed, seed) for seed in range(16)]
+    expected = [alone(captured, 1, pcm, device="cuda", bucket=16) for pcm in recordings]
+    with Engine("cuda", inline=True) as engine:
+        engine.add("asr", captured, slots=16, variants=[1], buckets=[16])
+        sessions = [Session(engine, 1, pcm) for pcm in recordings]
+        while running := [session for session in sessions if not session.done]:
+            rows = engine.run_sync([(session.lease, session.inputs) for session in running])
+            for session, out in zip(running, rows, strict=True):
+                session.take(out)
+    assert [session.heard for session in sessions] == expected
 
 
 def test_the_default_is_the_first_variant(recognizer: Recognizer) -> None:
