@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...codecs.mel import LogMel
+from ...models.conformer.config import encoder_frames
 from .data import FRAME, RATE, Clip, Shard
 
 LONGEST = 17.5  # seconds; longer clips are left out, shorter ones of a speaker are also joined up to this
@@ -26,6 +27,7 @@ class Batch:
 
     begin ``[B]`` (samples in the pool) and rate ``[B]`` (pool samples a sample of this batch): where a teacher's
     features of the same speech lie. trusted ``[B]`` bool: the row's words count (False: it is for the teacher only).
+    host_frames, host_lengths: encoder frames and tokens of each row on the CPU, for a loss that needs them there.
     """
 
     mel: Tensor
@@ -35,6 +37,8 @@ class Batch:
     begin: Tensor
     rate: Tensor
     trusted: Tensor
+    host_frames: Tensor
+    host_lengths: Tensor
 
 
 class Pool:
@@ -99,9 +103,12 @@ class Pool:
 
 
 def join(clips: Sequence[Clip]) -> list[Clip]:
-    """Runs of neighbouring clips of one speaker as one clip (they lie back to back), each up to ``LONGEST`` seconds."""
+    """Runs of neighbouring clips as one clip (they lie back to back), each up to ``LONGEST`` seconds.
+
+    Human clips are joined within a speaker; synthetic voices change from clip to clip and may follow each other.
+    """
     result = []
-    for _, group in groupby(clips, key=lambda clip: (clip.corpus, clip.speaker)):
+    for _, group in groupby(clips, key=lambda clip: (clip.corpus, "" if clip.synthetic else clip.speaker)):
         run: list[Clip] = []
         for clip in group:
             adjacent = run and clip.offset == run[-1].offset + -(-run[-1].samples // FRAME) * FRAME
@@ -114,6 +121,7 @@ def join(clips: Sequence[Clip]) -> list[Clip]:
         replace(
             run[0],
             text=" ".join(clip.text for clip in run),
+            doubt=max(clip.doubt for clip in run),
             samples=run[-1].offset + run[-1].samples - run[0].offset,
         )
         for run in result
@@ -182,6 +190,8 @@ class Batcher:
             begin=begin,
             rate=rates,
             trusted=send(pool.trusted[rows]),
+            host_frames=torch.from_numpy(encoder_frames(samples // self.mel.config.hop)),
+            host_lengths=torch.from_numpy(pool.lengths[rows]),
         )
 
     def _distort(

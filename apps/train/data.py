@@ -49,6 +49,10 @@ class Clip:
     def seconds(self) -> float:
         return self.samples / RATE
 
+    @property
+    def synthetic(self) -> bool:
+        return self.corpus.startswith("synthetic")
+
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The manifest's records, as they stand."""

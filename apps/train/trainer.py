@@ -46,10 +46,11 @@ class Recipe:
     average: float = 0.998
     distil_block: int = 8
     distil_until: float = 0.6
-    distil_least: float = 0.2
-    ctc_from: float = 0.03
+    distil_weight: float = 4.0
+    distil_least: float = 1.0
+    ctc_from: float = 0.04
     ctc_weight: float = 0.4
-    rnnt_from: float = 0.2
+    rnnt_from: float = 0.15
     lookaheads: tuple[int | None, ...] = (None, 13, 6, 1, 0)
     odds: tuple[float, ...] = (0.12, 0.2, 0.32, 0.2, 0.16)
 
@@ -65,8 +66,9 @@ class Recipe:
         def ramp(start: float, length: float) -> float:
             return min(1.0, max(0.0, (progress - start) / length))
 
+        fall = ramp(self.rnnt_from, self.distil_until - self.rnnt_from)
         return {
-            "distil": 1 - (1 - self.distil_least) * ramp(self.rnnt_from, self.distil_until - self.rnnt_from),
+            "distil": self.distil_weight + (self.distil_least - self.distil_weight) * fall,
             "ctc": self.ctc_weight * ramp(self.ctc_from, 0.02),
             "rnnt": ramp(self.rnnt_from, 0.05),
         }
@@ -149,10 +151,13 @@ class Trainer:
         self.step = 0
         self.skipped = torch.zeros((), device=device)
 
-    def run(self, until: int | None = None, save_every: int = 1000, log_every: int = 50) -> None:
-        """Train up to step ``until`` (all of them by default), saving now and then and at the end."""
+    def run(
+        self, until: int | None = None, minutes: float | None = None, save_every: int = 1000, log_every: int = 50
+    ) -> None:
+        """Train up to step ``until`` (all of them by default) or for so long; save now and then and at the end."""
         until = min(until or self.recipe.steps, self.recipe.steps)
         began, last = time.perf_counter(), self.step
+        deadline = began + 60 * minutes if minutes else float("inf")
         with self._progress() as progress:
             bar = progress.add_task("training", total=self.recipe.steps, completed=self.step, note="")
             while self.step < until:
@@ -166,8 +171,18 @@ class Trainer:
                     )
                     note = " ".join(f"{name} {value:.3f}" for name, value in values.items())
                     progress.update(bar, completed=self.step, note=f"{note}  {pace:.1f}/s")
+                    if self._all_agree(time.perf_counter() > deadline):
+                        until = self.step
                 if self.step % save_every == 0 or self.step == until:
                     self.save()
+
+    def _all_agree(self, mine: bool) -> bool:
+        """What the first process says."""
+        if self.world == 1:
+            return mine
+        said = torch.tensor(float(mine), device=self.skipped.device)
+        torch.distributed.broadcast(said, 0)
+        return bool(said)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update. Its randomness follows from the seed and the step alone."""
@@ -237,13 +252,14 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the checkpoint in ``out``, if there is one.
 
-        Raises ValueError if it was made by another recipe.
+        Raises ValueError if it was made by another recipe. Only the number of steps may differ: the schedule then
+        follows the new one.
         """
         path = self.out / CHECKPOINT
         if not path.is_file():
             return False
         state = torch.load(path, map_location=self.features.device, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
+        if {**state["recipe"], "steps": self.recipe.steps} != asdict(self.recipe):
             raise ValueError(
                 f"{path} was made by another recipe: {state['recipe']}; choose another --out or its settings"
             )
