@@ -319,21 +319,17 @@ class Session:
 class Outlet:
     """One output port of a running stage: stamps what it emits and puts it on every edge of the port."""
 
-    __slots__ = ("_edge", "_now", "_record", "_seq", "_source", "context", "edges", "recorder")
+    __slots__ = ("_edge", "_now", "_record", "_seq", "_source", "context", "edges", "recorder", "unwanted")
 
     def __init__(self, context: Context, edges: tuple[Edge, ...]) -> None:
         self.context, self.edges = context, edges
         self.recorder: Callable[[Chunk], None] | None = None
-        self._edge = edges[0]
+        self._edge = edges[0] if len(edges) == 1 else None
+        self.unwanted = False  # every consumer has finished
         self._now = context.clock.now
         self._record = context.session.trace.lane(context.name).record
         self._seq = 0
         self._source = not context.stage.inputs
-
-    @property
-    def unwanted(self) -> bool:
-        """Whether every consumer has finished."""
-        return self._edge.abandoned and all(edge.abandoned for edge in self.edges)
 
     def put_nowait(self, chunk: Chunk) -> bool:
         """Stamp the chunk and put it on the edges; False when some edge has to be awaited, with ``put_rest``."""
@@ -351,9 +347,11 @@ class Outlet:
         self._record(chunk, size, context.taken_at, now)
         if self.recorder is not None:
             self.recorder(chunk)
-        if len(self.edges) == 1:
-            return self._edge.put_nowait(chunk, size)
-        return False
+        if self._edge is None:
+            self.unwanted = all(edge.abandoned for edge in self.edges)
+            return False
+        self.unwanted = self._edge.abandoned
+        return self._edge.put_nowait(chunk, size)
 
     async def put(self, chunk: Chunk) -> None:
         """Stamp the chunk and put it on every edge, waiting for room where the policy says so."""
@@ -371,30 +369,26 @@ async def _drive(context: Context, inputs: tuple[Input, ...], outlets: dict[str,
     """Run one stage: what it yields goes to its outlets, until it ends or nobody wants more."""
     try:
         work = context.stage.run(context, *inputs)
-        if isinstance(work, AsyncGenerator):
-            async with aclosing(work):
-                if len(outlets) == 1:
-                    (outlet,) = outlets.values()
-                    await _pump(work, outlet)
-                else:
-                    await _pump_ports(work, outlets)
-        else:
+        if not isinstance(work, AsyncGenerator):
             await work
+        elif len(outlets) != 1:
+            async with aclosing(work):
+                await _pump_ports(work, outlets)
+        else:
+            (outlet,) = outlets.values()
+            async with aclosing(work):
+                async for chunk in work:
+                    if not outlet.put_nowait(chunk):
+                        for edge in outlet.edges:
+                            await edge.put(chunk)
+                    if outlet.unwanted:
+                        return
     finally:
         context.ended = True
         for outlet in outlets.values():
             outlet.close()
         for one in inputs:
             one.abandon()
-
-
-async def _pump(work: AsyncGenerator[Chunk, None], outlet: Outlet) -> None:
-    async for chunk in work:
-        if not outlet.put_nowait(chunk):
-            for edge in outlet.edges:
-                await edge.put(chunk)
-        if outlet.edges[0].abandoned and outlet.unwanted:
-            return
 
 
 async def _pump_ports(work: AsyncGenerator[Any, None], outlets: dict[str, Outlet]) -> None:

@@ -182,6 +182,22 @@ class StageError(RuntimeError):
 class Context:
     """What a stage sees of its session."""
 
+    __slots__ = (
+        "blocking",
+        "clock",
+        "ended",
+        "epoch",
+        "finished",
+        "loop",
+        "looped",
+        "name",
+        "readers",
+        "session",
+        "stage",
+        "taken",
+        "taken_at",
+    )
+
     def __init__(self, session: Session, stage: Stage, name: str) -> None:
         self.session, self.stage, self.name = session, stage, name
         self.clock: Clock = session.clock
@@ -333,7 +349,7 @@ async def select(*inputs: Input) -> Input | None:
 
 def _wait(context: Context, edges: Sequence[Edge]) -> asyncio.Future[None]:
     """Resolved when a chunk arrives at one of the edges, or one closes."""
-    reader = context.loop.create_future()
+    reader: asyncio.Future[None] = asyncio.Future(loop=context.loop)
     for edge in edges:
         edge.reader = reader
     if context.looped:

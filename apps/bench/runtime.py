@@ -9,8 +9,10 @@ scheduled moment of a chunk to its arrival at the sink. The two kinds take turns
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from argparse import ArgumentParser
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -124,14 +126,34 @@ def run(sessions: int = 200, seconds: float = 5.0, repeats: int = 3, write: bool
     return numbers
 
 
+def main(arguments: Sequence[str] = ()) -> None:
+    """``antiphon bench runtime``."""
+    parser = ArgumentParser(prog="antiphon bench runtime", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--sessions", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of media, per repeat (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-write", dest="write", action="store_false", help="leave results/runtime.json as it is")
+    numbers = run(**vars(parser.parse_args(arguments)))
+    print(f"{numbers['sessions']} sessions, {STAGES} stages, a chunk each {PERIOD * 1e3:g} ms")
+    for kind in ("antiphon", "asyncio_queue"):
+        one = numbers[kind]
+        print(
+            f"{kind:<14}{one['cpu_us_per_chunk']:7.1f} us of CPU a chunk, {one['core_share']:.0%} of a core, "
+            f"latency p50 {one['latency_ms_p50']:.2f} ms, p99 {one['latency_ms_p99']:.2f} ms"
+        )
+
+
 async def _measure(make: Kind, sessions: int, chunks: int) -> dict[str, float]:
     latencies: Latencies = []
-    begin = time.monotonic() + 0.2 + sessions * 2e-3  # until every session is built
+    begin = time.monotonic() + 0.5 + sessions * 2e-3  # until every session is built
     tasks = [asyncio.ensure_future(one) for one in make(sessions, chunks, begin, latencies)]
-    await asyncio.sleep(begin - 0.01 - time.monotonic())
+    await asyncio.sleep(begin - 0.2 - time.monotonic())
+    gc.collect()
+    gc.freeze()  # as a server does once it is up: what was loaded and built is no garbage
     before = time.process_time()
     await asyncio.gather(*tasks)
     spent = time.process_time() - before
+    gc.unfreeze()
     if len(latencies) != sessions * chunks:
         raise RuntimeError(f"{len(latencies)} of {sessions * chunks} chunks arrived")
     latencies.sort()
