@@ -12,8 +12,8 @@ import tokenizers
 
 WORD_START = "\u2581"  # what SentencePiece writes for a space
 END_OF_UTTERANCE = "<EOU>"
-# <en-US>, <de>, <EOU>, <EOB>, <blank>; byte pieces such as <0x0A> are text.
-TAG = re.compile(r"<(?:[a-z]{2,3}(?:-[A-Za-z]{2,4})?|EOU|EOB|blank|pad|/?s)>")
+# <en-US>, <de>, <EOU>, <EOB>, <blank>; unknown text <unk> and byte pieces such as <0x0A> are text.
+TAG = re.compile(r"<(?!unk)(?:[a-z]{2,3}(?:-[A-Za-z]{2,4})?|EOU|EOB|blank|pad|/?s)>")
 
 
 @dataclass(frozen=True)
