@@ -8,6 +8,7 @@ an unfinished caption. ``Transcriber`` drives it for files, several at a time in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike
 from typing import Any, Self
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..codecs.audio_file import stream
+from ..codecs.audio_file import AudioError, stream
 from ..models.conformer.checkpoint import load
 from .captions import Caption, Captioner
 from .engine import Engine, Lease
-from .recognizer import FRAME_SECONDS, SAMPLE_RATE, Block, Blocks, Recognizer
+from .recognizer import SAMPLE_RATE, Block, Blocks, Recognizer
 
 READ_SECONDS = 10.0  # of a file at a time: bounds memory whatever its length
 FILES_AT_ONCE = 4  # the smallest batch steps four rows anyway
@@ -83,7 +84,7 @@ class Transcriber:
 
     model: an embedded or hub name or a path; None for the embedded English model. lookahead: milliseconds; None for the
     model's default. device: "cpu", "cuda"; None for CUDA where there is one.
-    Raises CheckpointError, UnknownModel (with the nearest name) and ValueError (a lookahead the model lacks).
+    Raises CheckpointError (for an unknown name with the nearest) and ValueError (a lookahead the model lacks).
     """
 
     def __init__(
@@ -105,13 +106,16 @@ class Transcriber:
 
     def transcribe(self, path: str | PathLike[str]) -> Iterator[Caption]:
         """Captions of a file (or ``-``, standard input) as they come. Raises AudioError."""
-        for _, caption in self.transcribe_many([path]):
-            yield caption
+        for _, event in self.transcribe_many([path]):
+            if not isinstance(event, End):
+                yield event
+            elif event.error is not None:
+                raise event.error
 
-    def transcribe_many(self, paths: Iterable[str | PathLike[str]]) -> Iterator[tuple[int, Caption]]:
-        """Captions of several files with each file's number, ``files`` of them at a time in one batch.
+    def transcribe_many(self, paths: Iterable[str | PathLike[str]]) -> Iterator[tuple[int, Caption | End]]:
+        """Captions of several files, and each one's ``End``, with the file's number; ``files`` at a time in one batch.
 
-        A file that cannot be read raises AudioError when its turn comes.
+        A file that cannot be read ends with its error; the others go on.
         """
         waiting = enumerate(paths)
         running: list[_Reading] = []
@@ -121,19 +125,23 @@ class Transcriber:
                     running.append(_Reading(self, *entry))
                 if not running:
                     return
-                ready = [(reading, block) for reading in running if (block := next(reading.blocks, None)) is not None]
+                ready = []
+                for reading in list(running):
+                    block = reading.next_block()
+                    if block is not None:
+                        ready.append((reading, block))
+                        continue
+                    running.remove(reading)
+                    reading.lease.close()
+                    for caption in reading.transcription.finish():
+                        yield reading.number, caption
+                    yield reading.number, End(reading.transcription.seconds, reading.error)
                 rows = self.engine.run_sync(
                     [(reading.lease, reading.transcription.inputs(block)) for reading, block in ready]
                 )
                 for (reading, block), outputs in zip(ready, rows, strict=True):
                     for caption in reading.transcription.take(outputs, block):
                         yield reading.number, caption
-                stepped = {id(reading) for reading, _ in ready}
-                for reading in [reading for reading in running if id(reading) not in stepped]:
-                    for caption in reading.transcription.finish():
-                        yield reading.number, caption
-                    reading.lease.close()
-                    running.remove(reading)
         finally:
             for reading in running:
                 reading.lease.close()
@@ -149,16 +157,33 @@ class Transcriber:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """A file has ended after ``seconds`` of audio, with ``error`` where it could not be read (further)."""
+
+    seconds: float
+    error: AudioError | None = None
+
+
 class _Reading:
     """One file on its way through a Transcriber."""
 
     def __init__(self, transcriber: Transcriber, number: int, path: str | PathLike[str]) -> None:
         self.number = number
+        self.error: AudioError | None = None
         self.transcription = Transcription(
             transcriber.recognizer, transcriber.lookahead, language=transcriber.language
         )  # fmt: skip
         self.lease: Lease = transcriber.engine.open_sync("asr", self.transcription.variant)
-        self.blocks = self._read(path)
+        self._blocks = self._read(path)
+
+    def next_block(self) -> Block | None:
+        """None at the end, or where the file cannot be read further: see ``error``."""
+        try:
+            return next(self._blocks, None)
+        except AudioError as error:
+            self.error = error
+            return None
 
     def _read(self, path: str | PathLike[str]) -> Iterator[Block]:
         for pcm in stream(path, SAMPLE_RATE, READ_SECONDS):
@@ -185,5 +210,3 @@ def transcribe(
 def _cached(model: str | None, lookahead: float | None, device: str | None, language: str | None) -> Transcriber:
     return Transcriber(model, lookahead, device=device, language=language)
 
-
-__all__ = ["FRAME_SECONDS", "Transcriber", "Transcription", "transcribe"]

@@ -23,7 +23,7 @@ from ...pipelines.clock import Clock
 from ...pipelines.engine.errors import EngineError
 from ...pipelines.stage import StageError
 from ...pipelines.stages.transcribe import Transcribe
-from ...pipelines.transcription import Transcriber
+from ...pipelines.transcription import End, Transcriber
 from ...transport.files import FileSource
 from .console import CommandError, complain, stderr, warnings_as_lines
 from .outputs import Outputs
@@ -66,20 +66,22 @@ def run(
             transcriber.recognizer.constant_inputs(language)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from error
+    failed = 0
     with warnings_as_lines(AudioWarning), outputs, transcriber:
         try:
             if realtime:
                 stage = Transcribe(model="asr", lookahead=lookahead, language=language)
                 said = asyncio.run(_live(recordings, outputs, transcriber, stage))
             else:
-                said = _batch(recordings, outputs, transcriber)
+                said, failed = _batch(recordings, outputs, transcriber)
         except (AudioError, EngineError) as error:
             raise CommandError(str(error)) from error
         except StageError as error:
             raise CommandError(str(error.__cause__ or error)) from error
     console.print(said, style="dim")
-    if len(recordings) < len(files):
-        raise CommandError(f"{len(files) - len(recordings)} of {len(files)} files could not be read")
+    failed += len(files) - len(recordings)
+    if failed:
+        raise CommandError(f"{failed} of {len(files)} files could not be read")
 
 
 def _check(device: str | None) -> None:
@@ -107,24 +109,32 @@ def _readable(files: Sequence[str]) -> list[Recording]:
     return recordings
 
 
-def _batch(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber) -> str:
-    """As fast as the device allows, several files in one batch. Returns the closing line."""
+def _batch(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber) -> tuple[str, int]:
+    """As fast as the device allows, several files in one batch. Returns the closing line and how many files failed."""
     began = time.perf_counter()
     first: float | None = None
+    failed = 0
     with _progress(recordings) as progress:
-        for number, caption in transcriber.transcribe_many([one.path for one in recordings]):
-            first = time.perf_counter() - began if first is None else first
+        for number, event in transcriber.transcribe_many([one.path for one in recordings]):
             recording = recordings[number]
-            recording.heard = max(recording.heard, caption.at)
+            if isinstance(event, End):
+                recording.heard = recording.stated = event.seconds
+                if event.error is not None:
+                    if len(recordings) == 1:
+                        raise event.error
+                    complain(str(event.error))
+                    failed += 1
+                outputs.close(recording.path, event.seconds)
+                continue
+            first = time.perf_counter() - began if first is None else first
+            recording.heard = max(recording.heard, event.at)
             progress.update(progress.task_ids[0], completed=sum(one.heard for one in recordings))
-            if isinstance(caption, Final):
-                outputs.add(recording.path, caption)
-        for recording in recordings:
-            outputs.close(recording.path, recording.seconds)
+            if isinstance(event, Final):
+                outputs.add(recording.path, event)
     took = time.perf_counter() - began
-    seconds = sum(one.seconds for one in recordings)
+    seconds = sum(one.heard for one in recordings)
     shown = "no speech found" if first is None else f"first partial after {first:.2f} s, final after {took:.2f} s"
-    return f"{seconds:.1f} s of audio in {took:.2f} s; {_factor(took, seconds)}; {shown}"
+    return f"{seconds:.1f} s of audio in {took:.2f} s; {_factor(took, seconds)}; {shown}", failed
 
 
 def _progress(recordings: list[Recording]) -> Progress:

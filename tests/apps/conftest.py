@@ -34,6 +34,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():  # centre the labels' scores, or one label would win on every frame
         frames, _ = asr.encoder(torch.randn(1, 800, 80) * 3 - 8, torch.tensor([800]), 6)
         asr.ctc.linear.bias.copy_(-asr.ctc.linear.weight @ frames[0].mean(0))
-    folder = tmp_path_factory.mktemp("tiny")
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
     save(folder, config, asr.state_dict(), tokenizer, card="---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n")
     return folder

@@ -20,12 +20,13 @@ from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.recognizer import Blocks, Recognizer
 from antiphon.pipelines.stage import Inlet
 from antiphon.pipelines.stages.transcribe import Transcribe
-from antiphon.pipelines.transcription import Transcriber, Transcription
+from antiphon.pipelines.transcription import End, Transcriber, Transcription
 
 from .recognisers import saved
 
 Pcm = NDArray[np.float32]
 LOOKAHEADS = (0, 1, 3)
+SAMPLES = (5_000, 40_000, 16_000, 800, 30_000, 12_000)
 
 
 @pytest.fixture(scope="module")
@@ -151,15 +152,32 @@ def test_a_snapshot_continues_in_another_engine(recognizer: Recognizer) -> None:
 
 def test_files_together_say_what_each_says_alone(checkpoint: Path, tmp_path: Path) -> None:
     paths = []
-    for number, samples in enumerate([5_000, 40_000, 16_000, 800, 30_000, 12_000]):
+    for number, samples in enumerate(SAMPLES):
         paths.append(tmp_path / f"{number}.wav")
         write(paths[-1], noise(samples, number), 16_000)
     with Transcriber(checkpoint, 80) as transcriber:
         together: dict[int, list[object]] = {number: [] for number in range(len(paths))}
-        for number, caption in transcriber.transcribe_many(paths):
-            together[number].append(caption)
-        assert together == {number: list(transcriber.transcribe(path)) for number, path in enumerate(paths)}
+        for number, event in transcriber.transcribe_many(paths):
+            together[number].append(event)
+        for number, path in enumerate(paths):
+            *captions, end = together[number]
+            assert captions == list(transcriber.transcribe(path))
+            assert isinstance(end, End)
+            assert end == End(pytest.approx(SAMPLES[number] / 16_000))
         assert sum(map(len, together.values())) > 10
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_others(checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path / "good.wav", noise(20_000, 1), 16_000)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF????WAVE")
+    with Transcriber(checkpoint) as transcriber:
+        events = list(transcriber.transcribe_many([tmp_path / "bad.wav", tmp_path / "good.wav"]))
+        ends = {number: event for number, event in events if isinstance(event, End)}
+        assert isinstance(ends[0].error, AudioError)
+        assert ends[1] == End(1.25)
+        assert transcriber.engine.metrics()["models"]["asr"]["used"] == 0
+        with pytest.raises(AudioError, match=r"bad\.wav"):
+            list(transcriber.transcribe(tmp_path / "bad.wav"))
 
 
 def test_the_stage_says_what_the_file_says(checkpoint: Path, recognizer: Recognizer, tmp_path: Path) -> None:
