@@ -33,7 +33,7 @@ from ...models.conformer.model import ConformerASR
 from ...models.conformer.names import HF, nemo_layout, to_layout
 from ...models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ...pipelines.engine import Engine
-from ...pipelines.recognizer import SAMPLE_RATE, Blocks, Recognizer
+from ...pipelines.recognizer import Blocks, Recognizer
 from .common import write_result
 from .load import run_load
 from .references import NeMo, Transformers, synchronize
