@@ -74,12 +74,23 @@ def models() -> None:
     run()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure: antiphon bench NAME [OPTIONS]. Without a name, list the benchmarks."""
-    from .bench import run
+    from .programs import BENCHMARKS, run
 
-    run(context.args)
+    run("bench", BENCHMARKS, context.args)
+
+
+@app.command(context_settings=_PASSED_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Make a checkpoint: antiphon train NAME [OPTIONS]. Without a name, list the recipes."""
+    from .programs import RECIPES, run
+
+    run("train", RECIPES, context.args)
 
 
 @app.command()

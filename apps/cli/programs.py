@@ -1,0 +1,38 @@
+"""``antiphon bench NAME`` and ``antiphon train NAME``: the rest of the line goes to ``main`` of the module so named."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+
+from ...pipelines.graph import did_you_mean
+from .console import CommandError
+
+BENCHMARKS = {
+    "asr": "streaming recognition: step time, sessions in real time, beside other implementations",
+    "runtime": "what the graph itself costs a chunk",
+}
+RECIPES = {
+    "asr": "the embedded recogniser, from speech with transcripts and a teacher",
+    "synthesise": "speech to train on, from text",
+}
+
+
+def run(kind: str, programs: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Run the program named first (a module of ``apps/<kind>``) with the rest; without a name, list them.
+
+    Raises CommandError for an unknown name, or one that needs a package that is not installed.
+    """
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(f"Usage: antiphon {kind} NAME [OPTIONS]   (antiphon {kind} NAME --help)\n")
+        for name, what in programs.items():
+            print(f"  {name:<12}{what}")
+        return
+    name, *rest = arguments
+    if name not in programs:
+        raise CommandError(f"{kind} has no {name!r}{did_you_mean(name, programs)}")
+    try:
+        module = importlib.import_module(f"..{kind}.{name}", __package__)
+    except ImportError as error:
+        raise CommandError(f"{kind} {name} needs {error.name}: pip install 'antiphon[{kind}]'") from error
+    module.main(rest)
