@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from ...models.conformer.names import HF, nemo_layout, to_layout
 from ...models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ...pipelines.engine import Engine
 from ...pipelines.recognizer import Blocks, Recognizer
-from .common import write_result
+from .common import RESULTS, write_result
 from .load import run_load
 from .references import NeMo, Transformers, synchronize
 
@@ -317,6 +318,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--warm", type=float, default=3.0, help="not measured, before them")
     parser.add_argument("--largest-bucket", type=int, default=512)
     parser.add_argument("--name", default=None, help="of the result file; default asr_<device>")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -361,7 +363,8 @@ def main(arguments: Sequence[str]) -> None:
                             advance=advance,
                         )
                     )
-    path = write_result(options.name or f"asr_{device.type}", "antiphon bench asr " + " ".join(arguments), numbers)
+    command = " ".join(("antiphon bench asr", *arguments))
+    path = write_result(options.name or f"asr_{device.type}", command, numbers, options.results)
     report(numbers, console)
     console.print(f"wrote {path}")
     try:

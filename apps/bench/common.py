@@ -22,7 +22,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-    for package in ("antiphon", "torch", "numpy"):
+    for package in ("antiphon", "torch", "numpy", "transformers", "nemo_toolkit"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -18,7 +18,7 @@ GREY = "#6b7280"
 
 def plot_asr(path: Path) -> Path:
     """Milliseconds a chunk beside the references, and latency against the number of sessions."""
-    numbers = json.loads(path.read_text(encoding="utf-8"))
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
     panels = [(rows, draw) for rows, draw in ((numbers["steps"], _steps), (numbers["capacity"], _capacity)) if rows]
     pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
     figure, axes = pyplot.subplots(1, len(panels) or 1, figsize=(6.4 * max(1, len(panels)), 4.6), squeeze=False, layout="constrained")

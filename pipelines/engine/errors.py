@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from ..chunk import Stale as Stale
+
 
 class EngineError(RuntimeError):
     """Base of everything the engine raises on purpose."""
@@ -23,10 +25,6 @@ class AtCapacity(EngineError):
         )
         self.utilisation = utilisation
         self.expected_wait = expected_wait
-
-
-class Stale(EngineError):
-    """The work belonged to an epoch that has been fenced off; its result is not delivered."""
 
 
 class InboxFull(EngineError):
