@@ -19,7 +19,7 @@ UNSET = -1
 _BILLION = 1_000_000_000
 
 
-class Stale(Exception):  # noqa: N818 - a state, as StopIteration is
+class Stale(Exception):
     """The work belongs to an epoch that an interruption has ended; its result is not wanted."""
 
 

@@ -81,7 +81,7 @@ def run_virtual(main: Coroutine[Any, Any, T], *, start: float = 0.0) -> T:
         return runner.run(main)
 
 
-class Deadlock(RuntimeError):  # noqa: N818 - names the state
+class Deadlock(RuntimeError):
     """Every task waits and no timer, file or thread is left that could wake one."""
 
 

@@ -48,7 +48,7 @@ class Link:
             raise ValueError("Link feedback=True with policy 'block' can stop its cycle for ever: use another policy")
 
 
-class EdgeFull(RuntimeError):  # noqa: N818 - names the state, as asyncio.QueueFull does
+class EdgeFull(RuntimeError):
     """A chunk met a full edge whose policy is ``error``."""
 
 

@@ -209,4 +209,3 @@ def transcribe(
 @lru_cache(maxsize=1)
 def _cached(model: str | None, lookahead: float | None, device: str | None, language: str | None) -> Transcriber:
     return Transcriber(model, lookahead, device=device, language=language)
-

@@ -1,6 +1,6 @@
 """``antiphon bench asr``: what a step of streaming recognition costs, and how many sessions a device holds.
 
-Three tables, all with random weights and emission pinned (the blank's bias is set so that a given share of frames emit):
+Three tables, all with random weights and emission pinned (the blank's bias is set so that a share of frames emits):
 
 - *steps*: the seconds of one chunk in this process, same weights and audio, ours (samples in, tokens out, through the
   engine) beside NeMo's and transformers' own streaming (features in, tokens out). In float32 the tokens must agree.
@@ -249,14 +249,14 @@ def bench_capacity(
                 break
         metrics = engine.metrics()["models"]["asr"]
         return {
-        "shape": name,
-        "chunk_ms": round(period * 1e3),
-        "held": max((run["sessions"] for run in runs if run["held"]), default=0),
-        "runs": runs,
-        "state_bytes": metrics["slot_bytes"],
-        "ready_seconds": round(ready, 1),
-        "steps": metrics["variants"][lookahead]["steps"],
-    }
+            "shape": name,
+            "chunk_ms": round(period * 1e3),
+            "held": max((run["sessions"] for run in runs if run["held"]), default=0),
+            "runs": runs,
+            "state_bytes": metrics["slot_bytes"],
+            "ready_seconds": round(ready, 1),
+            "steps": metrics["variants"][lookahead]["steps"],
+        }
 
 
 def floors(name: str, lookahead: int, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -325,7 +325,13 @@ def main(arguments: Sequence[str]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     console = Console(stderr=True)
-    numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "steps": [], "capacity": [], "floors": []}
+    numbers: dict[str, Any] = {
+        "device": device_name(device),
+        "dtype": str(dtype),
+        "steps": [],
+        "capacity": [],
+        "floors": [],
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
@@ -370,7 +376,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         from .plots import plot_asr
     except ImportError:
-        console.print("no plot: pip install 'antiphon[bench]' for one")
+        console.print("no plot: pip install 'antiphon[bench]' for one", markup=False)
     else:
         console.print(f"wrote {plot_asr(path)}")
 
@@ -388,9 +394,8 @@ def report(numbers: dict[str, Any], console: Console) -> None:
         last = row["runs"][-1]
         console.print(f"{row['shape']} {row['chunk_ms']} ms chunks: {row['held']} sessions held; last run {last}")
     for row in numbers["floors"]:
-        console.print(
-            f"floor {row['shape']} {row['chunk_ms']} ms, {row['sessions']} sessions: {row['floor_ms']} ms ({row['bound']})"
-        )
+        what = f"{row['shape']} {row['chunk_ms']} ms, {row['sessions']} sessions"
+        console.print(f"floor {what}: {row['floor_ms']} ms ({row['bound']})")
 
 
 def device_name(device: torch.device) -> str:

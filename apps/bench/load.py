@@ -34,9 +34,10 @@ class Load:
     failed: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Percentiles in milliseconds; ``late``: the share later than a period; ``held``: p99 within it, nothing lost."""
+        """Percentiles in milliseconds. late: the share later than a period. held: p99 within it and nothing lost."""
+        lost = {"refused": self.refused, "failed": self.failed}
         if not self.latencies:
-            return {"sessions": self.sessions, "chunks": 0, "refused": self.refused, "failed": self.failed, "held": False}
+            return {"sessions": self.sessions, "chunks": 0, **lost, "held": False}
         milliseconds = np.array(self.latencies) * 1e3
         p50, p95, p99 = np.percentile(milliseconds, [50, 95, 99])
         late = float(np.mean(milliseconds > self.period * 1e3))
@@ -48,8 +49,7 @@ class Load:
             "p99_ms": round(float(p99), 2),
             "max_ms": round(float(milliseconds.max()), 2),
             "late": round(late, 5),
-            "refused": self.refused,
-            "failed": self.failed,
+            **lost,
             "held": bool(p99 < self.period * 1e3 and late <= 0.01 and not self.refused and not self.failed),
         }
 

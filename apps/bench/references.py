@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,35 +117,31 @@ class NeMo:
         state: Any = None
         drop = config.drop_extra_pre_encoded
         self.tokens = [[] for _ in range(rows)]
-        seconds, position = [], 0
-        while True:
-            first = position == 0
-            size = config.chunk_size[0 if first else 1]
-            if position + size > mel.shape[2]:
-                return seconds
+        seconds: list[float] = []
+        position, size = 0, config.chunk_size[0]
+        while position + size <= mel.shape[2]:
+            later = int(position > 0)
             begin = synchronize(self.device)
-            low = position - config.pre_encode_cache_size[0 if first else 1]
-            window = mel[:, :, max(low, 0) : position + size]
-            window = torch.nn.functional.pad(window, (max(0, -low), 0))
-            config.drop_extra_pre_encoded = 0 if first else drop
+            low = position - config.pre_encode_cache_size[later]
+            window = torch.nn.functional.pad(mel[:, :, max(low, 0) : position + size], (max(0, -low), 0))
+            config.drop_extra_pre_encoded = drop * later
             length = torch.full((rows,), window.shape[2], dtype=torch.int64, device=self.device)
             returned = self.encoder.forward_internal(window, length, *cache)
             frames, valid, *cache = self.encoder.streaming_post_process(returned, keep_all_outputs=False)
             hypotheses, state = self._decode(frames.transpose(1, 2), valid, state)
-            counts = hypotheses.current_lengths.tolist()
-            labels = hypotheses.transcript.tolist()
+            counts, labels = hypotheses.current_lengths.tolist(), hypotheses.transcript.tolist()
             seconds.append(synchronize(self.device) - begin)
             for row in range(rows):
                 self.tokens[row] += labels[row][: counts[row]]
-            position += config.shift_size[0 if first else 1]
+            position += config.shift_size[later]
+            size = config.chunk_size[1]
         config.drop_extra_pre_encoded = drop
+        return seconds
 
     def _decode(self, frames: Tensor, valid: Tensor, state: Any) -> tuple[Any, Any]:
-        if self.device.type == "cuda":
-            result = self.greedy(frames, valid, state)
-            return result[0], result[-1]
-        result = self.greedy.torch_impl(frames, valid, state)
-        return result[0], result[-1]
+        decode = self.greedy if self.device.type == "cuda" else self.greedy.torch_impl
+        hypotheses, *_, state = decode(frames, valid, state)
+        return hypotheses, state
 
 
 class Transformers:
@@ -217,4 +214,4 @@ class Transformers:
             max_new_tokens=frames * 11,
         )
         self.tokens = [[token for token in row if token != self.blank] for row in out.sequences.tolist()]
-        return [after - before for before, after in zip(moments, moments[1:], strict=False)]
+        return [after - before for before, after in pairwise(moments)]

@@ -1,7 +1,5 @@
 """What the engine raises. Every message names the value and the remedy."""
 
-# ruff: noqa: N818 - the names say what is the matter
-
 from __future__ import annotations
 
 from ..chunk import Stale as Stale

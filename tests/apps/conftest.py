@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+
 from antiphon.models.conformer.checkpoint import save
 from antiphon.models.conformer.config import ASRConfig, ConformerConfig
 from antiphon.models.conformer.model import ConformerASR

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from antiphon.apps.cli import main
 from antiphon.apps.cli.outputs import Outputs
 from antiphon.apps.cli.transcribe import Latency, Recording, show

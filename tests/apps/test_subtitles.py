@@ -8,11 +8,12 @@ import re
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from antiphon.apps.subtitles import FORMATS, LINE, LONGEST, Cue, cues, timestamp
 from antiphon.pipelines.captions import Final
 from antiphon.pipelines.chunk import Word
-from hypothesis import given
-from hypothesis import strategies as st
 
 TEXT = """It was the best of times, it was the worst of times. It was the age of wisdom, it was the age of
 foolishness, it was the epoch of belief, it was the epoch of incredulity."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
 from antiphon.codecs import audio_file
 from antiphon.codecs.audio_file import AudioError, AudioWarning
 from antiphon.codecs.resample import Samples

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from antiphon.codecs.mel import UNKNOWN, LogMel, MelConfig, slaney_filters
 from torch import Tensor
+
+from antiphon.codecs.mel import UNKNOWN, LogMel, MelConfig, slaney_filters
 
 LOOKAHEADS = (0, 1, 6, 13)
 

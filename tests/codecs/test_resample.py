@@ -6,9 +6,10 @@ import av
 import numpy as np
 import pytest
 import soxr
-from antiphon.codecs.resample import FileResampler, Resampler, Samples, mono, resample
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from antiphon.codecs.resample import FileResampler, Resampler, Samples, mono, resample
 
 RATES = [(48000, 16000), (44100, 16000), (8000, 16000), (11025, 16000), (24000, 16000), (16000, 24000)]
 

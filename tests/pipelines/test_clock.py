@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from antiphon.pipelines.clock import Deadlock, VirtualClock, WallClock, run_virtual, running_clock
 
 

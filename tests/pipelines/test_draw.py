@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+
 from antiphon.pipelines.chunk import Audio, Chunk
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link

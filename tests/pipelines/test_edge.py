@@ -6,11 +6,12 @@ import asyncio
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.edge import POLICIES, Edge, EdgeFull, Link
-from hypothesis import given
-from hypothesis import strategies as st
 
 RATE = 16000
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Joined, Text
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Text, Tokens, Video, Word
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.replay import Recorded, Recorder, Recording, RecordingError, replay
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @stage(lasting=True)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Stale, Text
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link
 from antiphon.pipelines.session import Session
 from antiphon.pipelines.stage import Context, Input, StageError, stage
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 class FakeLease:

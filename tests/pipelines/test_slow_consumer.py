@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+
 from antiphon.pipelines.chunk import Audio
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+
 from antiphon.pipelines.chunk import Chunk, Text
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.spec import SpecError, load_graph, parse_graph

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from toy_models import Null, Solver
+
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Admission, AtCapacity, Engine, Lane, Shedding
 from antiphon.pipelines.engine.metrics import LaneMetrics, Window
-from toy_models import Null, Solver
 
 
 def admission(lane: Lane, seconds: Callable[[int], float]) -> Admission:

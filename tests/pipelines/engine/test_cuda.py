@@ -7,8 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
 from toy_models import WIDTH, Breaks, Solver, Toy
+
+from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
 
 pytestmark = pytest.mark.gpu
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from toy_models import Breaks, Null, Solver, Toy
+
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import (
     AtCapacity,
@@ -23,7 +25,6 @@ from antiphon.pipelines.engine import (
     Stale,
     StepFailed,
 )
-from toy_models import Breaks, Null, Solver, Toy
 
 Main = Callable[[Engine], Coroutine[Any, Any, None]]
 

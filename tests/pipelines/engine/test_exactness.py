@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from antiphon.pipelines.engine import Engine, Lease, Row, probe_exact_buckets
-from antiphon.pipelines.engine.runner import Staging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_models import WIDTH, Solver, Toy
+
+from antiphon.pipelines.engine import Engine, Lease, Row, probe_exact_buckets
+from antiphon.pipelines.engine.runner import Staging
 
 SESSIONS, CHUNKS = 8, 30
 NOISE = np.random.default_rng(0).standard_normal((SESSIONS, CHUNKS, 3, WIDTH)).astype(np.float32)

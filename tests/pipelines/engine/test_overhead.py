@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from antiphon.pipelines.engine import Engine, Lease
 from toy_models import Null
+
+from antiphon.pipelines.engine import Engine, Lease
 
 SESSIONS, CHUNKS, PERIOD = 1000, 40, 0.08
 ALLOWED = 50e-6  # seconds of CPU per chunk, both threads

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from antiphon.pipelines.engine import EDF, EDF_TICKS, EDF_TICKS_SLICES, FIFO, ONE_AT_A_TIME, Policy
 from mixed_load import missed
+
+from antiphon.pipelines.engine import EDF, EDF_TICKS, EDF_TICKS_SLICES, FIFO, ONE_AT_A_TIME, Policy
 
 SECONDS = 6.0
 ALLOWED = 0.001  # share of chunks that may miss their deadline, for every model

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from antiphon.pipelines.engine import EDF_TICKS_SLICES, Batch, InboxFull, Lane, Policy, Scheduler, Work
-from antiphon.pipelines.engine.scheduler import Barrier
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from antiphon.pipelines.engine import EDF_TICKS_SLICES, Batch, InboxFull, Lane, Policy, Scheduler, Work
+from antiphon.pipelines.engine.scheduler import Barrier
 
 
 class Recorded:

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from toy_models import WIDTH, Null, Toy
+
 from antiphon.models.streaming import TensorSpec
 from antiphon.pipelines.engine import BadSlot, BadSnapshot, OutOfSlots, SlotStore
-from toy_models import WIDTH, Null, Toy
 
 
 def scribble(store: SlotStore, row: int, seed: int = 0) -> None:

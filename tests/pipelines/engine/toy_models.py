@@ -6,8 +6,9 @@ from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
-from antiphon.models.streaming import Specs, State, StreamingModel, TensorSpec
 from torch import Tensor, nn
+
+from antiphon.models.streaming import Specs, State, StreamingModel, TensorSpec
 
 WIDTH, HEADS, RING, KERNEL = 64, 4, 12, 5
 
