@@ -64,6 +64,8 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
+__all__ = ["__version__", *_HOME]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
