@@ -55,8 +55,11 @@ class ConformerConfig:
 
     @property
     def ring(self) -> int:
-        """Frames of keys and values a session keeps: the left context and the chunk being written."""
-        return self.left + self.longest
+        """Frames of keys and values a session keeps: the left context and the chunk being written.
+
+        Rounded up to a multiple of 8, with which attention kernels take a bias as it is.
+        """
+        return -(-(self.left + self.longest) // 8) * 8
 
     def window(self, lookahead: int) -> int:
         """Frames before its chunk that a frame sees."""

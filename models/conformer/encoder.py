@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.linear import Linear, pack_linears
+from ..layers.linear import Linear
+from ..layers.packing import pack
 from ..streaming import Specs, State, TensorSpec
 from .attention import RelativeAttention
 from .config import SUBSAMPLING, ConformerConfig
@@ -121,7 +122,7 @@ class ConformerEncoder(nn.Module):
     def prepare(self) -> ConformerEncoder:
         """Make the step ready: eval mode, position tables, packed weights. Call again when weights or device change."""
         self.eval()
-        pack_linears(self)
+        pack(self)
         device = self.subsampling.linear.weight.device
         distances = torch.arange(1 - self.config.longest, self.config.ring, device=device)
         embeddings = sinusoids(distances, self.config.width).to(self.dtype)

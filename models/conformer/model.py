@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.linear import Linear, pack_linears
+from ..layers.linear import Linear
+from ..layers.packing import pack
 from .config import ASRConfig, PromptConfig
 from .ctc import CTCHead
 from .encoder import ConformerEncoder
@@ -81,8 +82,10 @@ class ConformerASR(nn.Module):
     def prepare(self) -> ConformerASR:
         """Make everything ready to stream: see :meth:`ConformerEncoder.prepare`."""
         self.eval()
-        pack_linears(self)
         self.encoder.prepare()
         if self.transducer is not None:
             self.transducer.prepare()
+        for part in (self.ctc, self.prompt):
+            if part is not None:
+                pack(part)
         return self

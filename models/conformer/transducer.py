@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.linear import Linear, pack_linears
+from ..layers.linear import Linear
+from ..layers.lstm import LSTM
+from ..layers.packing import pack
 from ..streaming import Specs, State, TensorSpec
 from .config import TransducerConfig
 
@@ -26,7 +28,7 @@ class Transducer(nn.Module):
         self.config = config
         self.blank = config.blank
         self.embedding = nn.Embedding(config.vocabulary + 1, config.width, padding_idx=config.blank)
-        self.lstm = nn.LSTM(
+        self.lstm = LSTM(
             config.width,
             config.width,
             config.layers,
@@ -53,7 +55,7 @@ class Transducer(nn.Module):
     def prepare(self) -> Transducer:
         """Make ``decode`` ready: eval mode, the state after the start symbol. Call again when weights change."""
         self.eval()
-        pack_linears(self)
+        pack(self)
         weight = self.embedding.weight
         memory = weight.new_zeros(1, 2, self.config.layers, self.config.width)
         label = torch.full((1,), self.blank, dtype=torch.int64, device=weight.device)
@@ -63,15 +65,8 @@ class Transducer(nn.Module):
 
     def _advance(self, label: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """label ``[B]``, memory (h and c) ``[B, 2, layers, width]`` -> memory after it, prediction ``[B, J]``."""
-        x = self.embedding(label)
-        hidden, cell = [], []
-        for layer in range(self.config.layers):
-            weights = self.lstm.all_weights[layer]
-            x, c = torch.lstm_cell(x, (memory[:, 0, layer], memory[:, 1, layer]), *weights)
-            hidden.append(x)
-            cell.append(c)
-        memory = torch.stack((torch.stack(hidden, 1), torch.stack(cell, 1)), 1)
-        return memory, self.from_prediction(x)
+        hidden, memory = self.lstm.step(self.embedding(label), memory)
+        return memory, self.from_prediction(hidden)
 
     def state_spec(self) -> Specs:
         """The prediction network's memory and its projected output, and whether the session has started."""

@@ -12,6 +12,7 @@ import warnings
 import pytest
 import sentencepiece
 import torch
+
 from antiphon.models.conformer.checkpoint import load
 from antiphon.models.conformer.config import ConformerConfig, encoder_frames
 from antiphon.models.conformer.context import sinusoids

@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+
 from antiphon.models.conformer import hf
 from antiphon.models.conformer.checkpoint import load
 from antiphon.models.conformer.context import sinusoids

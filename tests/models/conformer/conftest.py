@@ -10,12 +10,13 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from torch import Tensor, nn
+
 from antiphon.models.conformer.config import ConformerConfig, TransducerConfig, encoder_frames
 from antiphon.models.conformer.ctc import CTCHead
 from antiphon.models.conformer.encoder import ConformerEncoder
 from antiphon.models.conformer.tokenizer import Source, Tokenizer
 from antiphon.models.conformer.transducer import Transducer
-from torch import Tensor, nn
 
 UNKNOWN = 2**40
 VOCABULARY = 11

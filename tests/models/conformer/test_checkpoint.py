@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+
 from antiphon.models.conformer import hub
 from antiphon.models.conformer.checkpoint import CheckpointError, load, save
 from antiphon.models.conformer.config import ASRConfig, PromptConfig, TransducerConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from antiphon.models.conformer.config import ASRConfig, PromptConfig, TransducerConfig
 from antiphon.models.conformer.model import ConformerASR
 from antiphon.models.conformer.names import HF, Layout, from_layout, nemo_layout, to_layout

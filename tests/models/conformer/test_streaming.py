@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from antiphon.models.conformer.config import encoder_frames
 
 TOLERANCE = 1e-12
