@@ -128,10 +128,12 @@ def main(
     steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = Recipe.steps,
     until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 1000,
+    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
     batch_seconds: Annotated[float, typer.Option(help="Speech in a batch, for each process.")] = Recipe.batch_seconds,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
     synthetic: Annotated[float, typer.Option(help="Share of each batch that synthetic speech makes up.")] = 0.5,
-    layers: Annotated[int, typer.Option(help="Encoder blocks.")] = 11,
+    layers: Annotated[int, typer.Option(help="Encoder blocks.")] = 9,
     width: Annotated[int, typer.Option(help="Encoder width; heads are 64 wide.")] = 256,
     vocabulary: Annotated[
         int, typer.Option(help="Pieces of a new tokenizer; with the blank, a multiple of 8 is fastest.")
@@ -196,9 +198,18 @@ def main(
     torch.manual_seed(seed)
     student = Student(
         ConformerConfig(
-            width=width, layers=layers, heads=width // 64, feedforward=4 * width, channels=128, lookaheads=LOOKAHEADS
+            width=width,
+            layers=layers,
+            heads=width // 64,
+            feedforward=4 * width,
+            channels=128,
+            lookaheads=LOOKAHEADS,
+            dropout=dropout,
+            attention_dropout=dropout,
         ),
-        TransducerConfig(vocabulary=pieces.vocab_size(), encoder_width=width, width=320, joint_width=320),
+        TransducerConfig(
+            vocabulary=pieces.vocab_size(), encoder_width=width, width=320, joint_width=320, dropout=dropout
+        ),
         teacher_width=whisper.width,
         block=max(0, layers - 3),
     )
@@ -208,7 +219,7 @@ def main(
     trainer = Trainer(student, recipe, batcher, features, out, seed, rank, world)
     if trainer.resume():
         console.print(f"continuing at step {trainer.step}")
-    trainer.run(until, minutes)
+    trainer.run(until, minutes, fit, save_every)
     if rank == 0:
         weights = {name: value.half() for name, value in trainer.averaged().state_dict().items()}
         torch.save(weights, out / AVERAGED)

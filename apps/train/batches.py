@@ -133,16 +133,16 @@ def join(clips: Sequence[Clip]) -> list[Clip]:
 class Augmentation:
     """How speech is varied. Rates are factors; the noise stays ``snr`` decibels below the speech."""
 
-    speed: tuple[float, float] = (0.87, 1.15)
-    formants: tuple[float, float] = (0.9, 1.11)
+    speed: tuple[float, float] = (0.88, 1.13)
+    formants: tuple[float, float] = (0.91, 1.1)
     gain: tuple[float, float] = (-20.0, 5.0)
-    noisy: float = 0.15
+    noisy: float = 0.12
     snr: tuple[float, float] = (8.0, 30.0)
     echoing: float = 0.1
     frequency_masks: int = 2
-    frequency_width: int = 18
+    frequency_width: int = 16
     time_masks: int = 5
-    time_width: float = 0.05
+    time_width: float = 0.04
 
 
 class Batcher:

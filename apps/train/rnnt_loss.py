@@ -21,7 +21,7 @@ def rnnt_loss(logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, 
     logits: ``[B, T, U + 1, V]`` unnormalised. targets: ``[B, U]`` int64, anything past ``lengths [B]``.
     frames: ``[B]`` encoder frames of each row, at least one. blank: its index in V.
     """
-    batch, time, labels, _ = logits.shape
+    batch, _, labels, _ = logits.shape
     if targets.shape != (batch, labels - 1):
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets [{batch}, {labels - 1}], got {tuple(targets.shape)}"
@@ -72,6 +72,7 @@ def lattice(stay: Tensor, move: Tensor, frames: Tensor, lengths: Tensor) -> tupl
     takes each blank and each label, shaped like ``stay`` and ``move``.
     """
     time, states = stay.shape[1], stay.shape[2]
+    batch = len(stay)
     # Labels first and time last, so that each step scans contiguous memory.
     stay, move = stay.permute(2, 0, 1).contiguous(), move.permute(2, 0, 1).contiguous()
     real = (torch.arange(time, device=stay.device) < frames[:, None])[None]
@@ -81,23 +82,22 @@ def lattice(stay: Tensor, move: Tensor, frames: Tensor, lengths: Tensor) -> tupl
     before = ahead - stay
     after = ahead[:, :, -1:] - before  # blanks from this frame to the last
 
-    alpha = torch.empty_like(stay)
-    alpha[0] = before[0]
+    # Backwards in time and labels, beta obeys alpha's recurrence: both are scanned in one tensor, alpha's rows first.
+    # Column 0 is where a path comes from: nowhere for alpha, but for beta the end, reached with all labels said.
+    scan = torch.cat([before, after.flip(0, 2)], dim=1)
+    end = torch.where(torch.arange(states - 1, -1, -1, device=stay.device)[:, None] == lengths, 0.0, _NEVER)
+    arrive = stay.new_full((states, 2 * batch, time + 1), _NEVER)
+    arrive[:, batch:, 0] = end
+    arrive[0, :batch, 0] = 0
+    enter = torch.cat([move - before[1:], (move - after[:-1]).flip(0, 2)], dim=1)  # score of entering state u + 1
+    score = torch.empty_like(scan)
+    torch.logcumsumexp(arrive[0], dim=1, out=arrive[0])
+    torch.add(scan[0], arrive[0, :, 1:], out=score[0])
     for u in range(1, states):
-        alpha[u] = before[u] + torch.logcumsumexp(alpha[u - 1] + move[u - 1] - before[u], dim=1)
-
-    # beta[..., T] is the end: reached with all labels said. Padding frames pass it on unchanged.
-    end = torch.where(torch.arange(states, device=stay.device)[:, None] == lengths, 0.0, _NEVER).to(stay.dtype)
-    beta = stay.new_empty(states, stay.shape[1], time + 1)
-    beta[:, :, time] = end
-    for u in range(states - 1, -1, -1):
-        arrive = end[u][:, None]
-        if u < states - 1:
-            leave = beta[u + 1, :, :time] + move[u] - after[u]
-            arrive = torch.cat([arrive, leave.flip(1)], dim=1)
-            beta[u, :, :time] = after[u] + torch.logcumsumexp(arrive, dim=1)[:, 1:].flip(1)
-        else:
-            beta[u, :, :time] = after[u] + arrive
+        torch.add(score[u - 1], enter[u - 1], out=arrive[u, :, 1:])
+        torch.add(scan[u], torch.logcumsumexp(arrive[u], dim=1)[:, 1:], out=score[u])
+    alpha = score[:, :batch]
+    beta = torch.cat([score[:, batch:].flip(0, 2), end.flip(0)[:, :, None]], dim=2)
 
     likelihood = beta[0, :, 0]
     total = likelihood[None, :, None]

@@ -12,7 +12,7 @@ import copy
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,19 @@ CHECKPOINT = "checkpoint.pt"
 class Recipe:
     """Everything that decides the result, besides data and seed. Times are shares of ``steps``."""
 
-    steps: int = 10_000
+    steps: int = 4_000
     batch_seconds: float = 900.0
-    rate: float = 1.5e-3
-    warmup: int = 500
+    rate: float = 2e-3
+    warmup: int = 400
     decay: float = 0.01
     clip: float = 1.0
     average: float = 0.998
-    distil_block: int = 8
     distil_until: float = 0.6
     distil_weight: float = 4.0
     distil_least: float = 1.0
-    ctc_from: float = 0.04
+    ctc_from: float = 0.03
     ctc_weight: float = 0.4
-    rnnt_from: float = 0.15
+    rnnt_from: float = 0.1
     lookaheads: tuple[int | None, ...] = (None, 13, 6, 1, 0)
     odds: tuple[float, ...] = (0.12, 0.2, 0.32, 0.2, 0.16)
 
@@ -92,9 +91,8 @@ class Student(nn.Module):
         device = batch.mel.device
         inner: list[Tensor] = []
         hook = self.encoder.blocks[self.block].register_forward_hook(lambda *call: inner.append(call[2]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            frames, lengths = self.encoder(batch.mel, batch.frames, lookahead)
-            guess = self.distil(inner[0])
+        frames, lengths = self.encoder(batch.mel.to(self.encoder.dtype), batch.frames, lookahead)
+        guess = self.distil(inner[0])
         hook.remove()
         real = torch.arange(frames.shape[1], device=device) < lengths[:, None]
         wanted = targets(features, batch.begin, batch.rate, frames.shape[1])
@@ -103,9 +101,7 @@ class Student(nn.Module):
         counted = batch.trusted & (batch.lengths > 0) & (lengths >= batch.lengths + 1)
         tokens = (batch.lengths * counted).sum().clamp(min=1)
         if weights["ctc"]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = self.ctc(frames)
-            chances = logits.float().log_softmax(-1).transpose(0, 1)
+            chances = self.ctc(frames).float().log_softmax(-1).transpose(0, 1)
             each = F.ctc_loss(
                 chances,
                 batch.tokens,
@@ -117,8 +113,9 @@ class Student(nn.Module):
             )
             result["ctc"] = (each * counted).sum() / tokens
         if weights["rnnt"]:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                joint = self.transducer.joint(frames, self.transducer.predict(batch.tokens))
+            with torch.backends.cudnn.flags(enabled=True):
+                predicted = self.transducer.predict(batch.tokens)
+            joint = self.transducer.joint(frames, predicted)
             each = rnnt_loss(joint, batch.tokens, lengths, batch.lengths, self.transducer.blank)
             result["rnnt"] = (each * counted).sum() / tokens
         return result
@@ -139,22 +136,42 @@ class Trainer:
         world: int = 1,
     ) -> None:
         device = batcher.pool.pcm.device
-        self.student = student.to(device).train()
         self.recipe, self.batcher, self.features = recipe, batcher, features
         self.out, self.seed, self.rank, self.world = out, seed, rank, world
-        matrices = [p for p in student.parameters() if p.ndim > 1]
-        vectors = [p for p in student.parameters() if p.ndim <= 1]
-        self.parameters = matrices + vectors
-        groups = [{"params": matrices, "weight_decay": recipe.decay}, {"params": vectors, "weight_decay": 0.0}]
+        # The student computes in bfloat16 on a GPU; its weights are rounded copies of one flat float32 tensor, so that
+        # the optimiser, the clipping and the averages take a few kernels however many parameters there are.
+        self.student = student.to(device).train()
+        self.parameters = sorted(student.parameters(), key=lambda parameter: parameter.ndim <= 1)
+        self.flat = torch.cat([parameter.detach().float().flatten() for parameter in self.parameters])
+        sizes = [parameter.numel() for parameter in self.parameters]
+        shapes = [parameter.shape for parameter in self.parameters]
+        self.views = [part.view(shape) for part, shape in zip(self.flat.split(sizes), shapes, strict=True)]
+        if device.type == "cuda":
+            self.student.bfloat16()
+        decayed = sum(parameter.numel() for parameter in self.parameters if parameter.ndim > 1)
+        self.masters = [nn.Parameter(part) for part in (self.flat[:decayed], self.flat[decayed:])]
+        groups = [
+            {"params": [master], "weight_decay": decay}
+            for master, decay in zip(self.masters, (recipe.decay, 0.0), strict=True)
+        ]
         self.optimiser = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = self.flat.clone()
         self.step = 0
         self.skipped = torch.zeros((), device=device)
 
     def run(
-        self, until: int | None = None, minutes: float | None = None, save_every: int = 1000, log_every: int = 50
+        self,
+        until: int | None = None,
+        minutes: float | None = None,
+        fit: bool = False,
+        save_every: int = 1000,
+        log_every: int = 50,
     ) -> None:
-        """Train up to step ``until`` (all of them by default) or for so long; save now and then and at the end."""
+        """Train up to step ``until`` (all of them by default) or for so long; save now and then and at the end.
+
+        fit: keep changing the recipe's number of steps to what the minutes allow at the measured pace, so that the
+        schedule ends with them. Such a run cannot be repeated to the bit.
+        """
         until = min(until or self.recipe.steps, self.recipe.steps)
         began, last = time.perf_counter(), self.step
         deadline = began + 60 * minutes if minutes else float("inf")
@@ -171,18 +188,22 @@ class Trainer:
                     )
                     note = " ".join(f"{name} {value:.3f}" for name, value in values.items())
                     progress.update(bar, completed=self.step, note=f"{note}  {pace:.1f}/s")
-                    if self._all_agree(time.perf_counter() > deadline):
+                    left = self._agreed(deadline - time.perf_counter())
+                    if left < 0:
                         until = self.step
+                    elif fit:
+                        until = self.step + max(1, int(left * self._agreed(pace)))
+                        self.recipe = replace(self.recipe, steps=until)
                 if self.step % save_every == 0 or self.step == until:
                     self.save()
 
-    def _all_agree(self, mine: bool) -> bool:
+    def _agreed(self, mine: float) -> float:
         """What the first process says."""
         if self.world == 1:
             return mine
-        said = torch.tensor(float(mine), device=self.skipped.device)
+        said = torch.tensor(mine, device=self.flat.device)
         torch.distributed.broadcast(said, 0)
-        return bool(said)
+        return float(said)
 
     def train_step(self) -> dict[str, Tensor]:
         """One update. Its randomness follows from the seed and the step alone."""
@@ -204,33 +225,39 @@ class Trainer:
     def _update(self) -> None:
         """Average over processes, clip, step, average over time. A gradient that is not finite changes nothing."""
         recipe = self.recipe
-        for parameter in self.parameters:
-            if parameter.grad is None:  # a loss that has not begun
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        gradient = torch.cat(
+            [
+                torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
+                for parameter in self.parameters
+            ]
+        )
         if self.world > 1:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in gradients]
-            for gradient, part in zip(gradients, flat.split(sizes), strict=True):
-                gradient.copy_(part.view_as(gradient) / self.world)
-        norm = nn.utils.get_total_norm(gradients)
+            torch.distributed.all_reduce(gradient)
+        gradient = gradient.float() / self.world
+        norm = gradient.norm()
         bad = (~torch.isfinite(norm)).float()
         self.skipped += bad
-        torch._foreach_mul_(gradients, (recipe.clip / (norm + 1e-6)).clamp(max=1.0))
+        gradient *= (recipe.clip / (norm + 1e-6)).clamp(max=1.0)
+        for master, part in zip(self.masters, gradient.split([len(master) for master in self.masters]), strict=True):
+            master.grad = part
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
         self.optimiser.found_inf = bad  # the fused optimiser leaves everything as it is where this is 1
         self.optimiser.step()
         keep = min(recipe.average, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - keep)
+        with torch.no_grad():
+            self.average.lerp_(self.flat, 1 - keep)
+            torch._foreach_copy_(self.parameters, self.views)
 
     def averaged(self) -> Student:
         """A copy of the student in eval mode with the averaged weights."""
-        student = copy.deepcopy(self.student)
-        mine = [p for p in student.parameters() if p.ndim > 1] + [p for p in student.parameters() if p.ndim <= 1]
+        student = copy.deepcopy(self.student).float()
         with torch.no_grad():
-            torch._foreach_copy_(mine, self.average)
+            parts = self.average.split([parameter.numel() for parameter in self.parameters])
+            for parameter, part in zip(
+                sorted(student.parameters(), key=lambda parameter: parameter.ndim <= 1), parts, strict=True
+            ):
+                parameter.copy_(part.view_as(parameter))
         return student.eval()
 
     def save(self) -> None:
@@ -239,7 +266,7 @@ class Trainer:
             return
         state = {
             "step": self.step,
-            "student": self.student.state_dict(),
+            "weights": self.flat,
             "optimiser": self.optimiser.state_dict(),
             "average": self.average,
             "recipe": asdict(self.recipe),
@@ -263,9 +290,11 @@ class Trainer:
             raise ValueError(
                 f"{path} was made by another recipe: {state['recipe']}; choose another --out or its settings"
             )
-        self.student.load_state_dict(state["student"])
+        with torch.no_grad():
+            self.flat.copy_(state["weights"])
+            self.average.copy_(state["average"])
+            torch._foreach_copy_(self.parameters, self.views)
         self.optimiser.load_state_dict(state["optimiser"])
-        torch._foreach_copy_(self.average, state["average"])
         self.step, self.skipped = state["step"], state["skipped"].to(self.features.device)
         return True
 
