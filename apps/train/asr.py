@@ -138,6 +138,7 @@ def main(
     vocabulary: Annotated[
         int, typer.Option(help="Pieces of a new tokenizer; with the blank, a multiple of 8 is fastest.")
     ] = 511,
+    dropout: Annotated[float, typer.Option(help="In the networks.")] = 0.0,
     test_clips: Annotated[int, typer.Option(help="Most clips of a test set.")] = 250,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process takes its own GPU.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
