@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -144,6 +145,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
 ) -> None:
     """Train a streaming recogniser and measure it."""
+    began = time.perf_counter()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     if world > 1:
@@ -220,7 +222,7 @@ def main(
     trainer = Trainer(student, recipe, batcher, features, out, seed, rank, world)
     if trainer.resume():
         console.print(f"continuing at step {trainer.step}")
-    trainer.run(until, minutes, fit, save_every)
+    trainer.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
     if rank == 0:
         weights = {name: value.half() for name, value in trainer.averaged().state_dict().items()}
         torch.save(weights, out / AVERAGED)

@@ -184,7 +184,13 @@ class Trainer:
                     pace = (self.step - last) / (time.perf_counter() - began)
                     began, last = time.perf_counter(), self.step
                     self._log(
-                        {"step": self.step, **values, "steps_per_second": round(pace, 2), "skipped": int(self.skipped)}
+                        {
+                            "step": self.step,
+                            "steps": self.recipe.steps,
+                            **values,
+                            "steps_per_second": round(pace, 2),
+                            "skipped": int(self.skipped),
+                        }
                     )
                     note = " ".join(f"{name} {value:.3f}" for name, value in values.items())
                     progress.update(bar, completed=self.step, note=f"{note}  {pace:.1f}/s")
