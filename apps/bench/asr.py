@@ -1,6 +1,6 @@
 """``antiphon bench asr``: what a step of streaming recognition costs, and how many sessions a device holds.
 
-Three tables, all with random weights and emission pinned (the blank's bias is set so that a share of frames emits):
+Three tables, all with random weights and emission pinned (the blank's bias is set for a given rate of tokens):
 
 - *steps*: the seconds of one chunk in this process, same weights and audio, ours (samples in, tokens out, through the
   engine) beside NeMo's and transformers' own streaming (features in, tokens out). In float32 the tokens must agree.
@@ -16,7 +16,8 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ from .common import RESULTS, write_result
 from .load import run_load
 from .references import NeMo, Transformers, synchronize
 
-EMITTING = 0.3  # share of frames that emit a token: about 3.75 tokens a second
+EMITTING = 0.3  # tokens a frame: about 3.75 a second
+NOISE = 0.1  # standard deviation of the samples
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,33 @@ def numbered(count: int) -> Tokenizer:
 
 @torch.no_grad()
 def pin_emission(asr: ConformerASR, share: float) -> None:
-    """Set the blank's bias so that about ``share`` of noise frames emit a token, whatever was emitted before."""
+    """Make about ``share`` tokens come out of a frame of noise, by the blank's bias.
+
+    Random weights hear nearly the same in every frame, and would emit in all or in none: what is heard and what was
+    said are brought to unit variance where they meet in the joint.
+    """
     transducer = asr.transducer
     assert transducer is not None
-    mel = torch.randn(1, 8 * 200, asr.config.encoder.mels) * 2 - 8
-    asr.eval()
-    frames, _ = asr.encoder(mel, torch.tensor([mel.shape[1]]), 0)
-    labels = torch.randint(transducer.blank, (1, 31))
-    logits = transducer.joint(frames, transducer.predict(labels))[0].flatten(0, 1)
-    margin = logits[:, :-1].amax(1) - logits[:, -1]
-    transducer.head.bias[-1] += torch.quantile(margin, 1 - share)
+    rows, count = 4, 60
+    pcm = torch.randn(rows, count * 1280) * NOISE
+    mel, lengths = LogMel(MelConfig.from_nemo(asr.mel))(pcm, torch.full((rows,), pcm.shape[1]))
+    asr.prepare()
+    frames, _ = asr.encoder(mel, lengths, 0)
+    said, _ = transducer.lstm(transducer.embedding(torch.randint(transducer.blank, (rows, 30))))
+    for layer, given in ((transducer.from_encoder, frames), (transducer.from_prediction, said)):
+        made = layer(given).flatten(0, 1)
+        deviation = made.std(0) + 1e-6
+        layer.weight.div_(deviation[:, None])
+        layer.bias.sub_(made.mean(0)).div_(deviation)
+    slots, active = torch.arange(rows), torch.ones(rows, dtype=torch.bool)
+    valid = torch.ones(frames.shape[:2], dtype=torch.bool)
+    low, high = -50.0, 50.0
+    for _ in range(14):
+        transducer.head.bias[-1] = (low + high) / 2
+        transducer.prepare()
+        state = {name: spec.new(rows + 1) for name, spec in transducer.state_spec().items()}
+        emitted = transducer.decode(frames, valid, state, slots, active)[2].sum() / valid.numel()
+        low, high = ((low + high) / 2, high) if emitted > share else (low, (low + high) / 2)
 
 
 class Ours:
@@ -143,6 +162,7 @@ def bench_steps(
     *,
     chunks: int,
     references: bool,
+    failures: list[str],
     advance: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Median seconds a chunk, ours and the references', interleaved so that drifts of the machine meet all alike."""
@@ -155,27 +175,26 @@ def bench_steps(
         period = (lookahead + 1) * 0.08
         generator = torch.Generator().manual_seed(1)
         theirs: list[NeMo | Transformers] = []
-        if references:
-            theirs = [
-                NeMo(shape.encoder, shape.decoder, to_layout(state, nemo_layout(())), lookahead, device, dtype),
-                Transformers(shape.encoder, shape.decoder, to_layout(state, HF), lookahead, device, dtype),
-            ]
+        for reference, layout in ((NeMo, nemo_layout(())), (Transformers, HF)) if references else ():
+            with noting(failures, f"{reference.name} {name} {lookahead}"):
+                weights = to_layout(state, layout)
+                theirs.append(reference(shape.encoder, shape.decoder, weights, lookahead, device, dtype))
         for rows in batches:
             frames = (lookahead + 1) * (chunks + 1)
-            pcm = torch.randn(rows, frames * 1280, generator=generator) * 0.1
+            pcm = torch.randn(rows, frames * 1280, generator=generator) * NOISE
             mel, _ = mel_of(pcm, torch.full((rows,), pcm.shape[1]))
             ours = Ours(asr, lookahead, rows, device)
-            runners = [(ours, pcm), *((reference, mel) for reference in theirs)]
             seconds: dict[str, list[float]] = {}
             for _ in range(2):
-                for runner, audio in runners:
+                for runner, audio in ((ours, pcm), *((reference, mel) for reference in theirs)):
                     advance(f"{name} {period * 1e3:.0f} ms, {rows} sessions: {runner.name}")
-                    seconds.setdefault(runner.name, []).extend(runner.times(audio)[chunks // 3 : chunks])
-            medians = {key: statistics.median(values) for key, values in seconds.items()}
+                    with noting(failures if runner is not ours else None, f"{runner.name} {name} {lookahead} {rows}"):
+                        seconds.setdefault(runner.name, []).extend(runner.times(audio)[chunks // 3 : chunks])
+            medians = {key: statistics.median(values) for key, values in seconds.items() if values}
             agreed = {
                 reference.name: agreement(ours.tokens, reference.tokens)
                 for reference in theirs
-                if rows == 1 or reference.name != Transformers.name
+                if reference.name in medians and (rows == 1 or reference.name != Transformers.name)
             }
             results.append(
                 {
@@ -186,7 +205,7 @@ def bench_steps(
                     "ratio": {
                         key: round(value / medians[ours.name], 2) for key, value in medians.items() if key != ours.name
                     },
-                    "tokens": sum(map(len, ours.tokens)),
+                    "tokens_a_frame": round(sum(map(len, ours.tokens)) / (rows * frames), 2),
                     "same_tokens": agreed,
                 }
             )
@@ -194,6 +213,17 @@ def bench_steps(
         del theirs
         gc.collect()
     return results
+
+
+@contextmanager
+def noting(failures: list[str] | None, what: str) -> Iterator[None]:
+    """Go on where a reference cannot run here, and say so in the results; with None, let the error pass."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if failures is None:
+            raise
+        failures.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> float:
@@ -215,7 +245,7 @@ def bench_capacity(
     *,
     seconds: float,
     warm: float,
-    largest_bucket: int,
+    buckets: Sequence[int],
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """The largest of ``counts`` (ascending) that holds; stops at the first that does not."""
@@ -223,15 +253,12 @@ def bench_capacity(
     recognizer = Recognizer(asr, "rnnt")
     period = recognizer.tick(lookahead)
     samples = 1280 * (lookahead + 1)
-    pool = np.random.default_rng(0).standard_normal((64, samples), dtype=np.float32) * 0.1
+    pool = np.random.default_rng(0).standard_normal((64, samples), dtype=np.float32) * np.float32(NOISE)
     end = np.int64(1 << 40)
 
     def make(session: int, chunk: int) -> dict[str, Any]:
         return {"pcm": pool[(session * 7 + chunk) % len(pool)], "end": end}
 
-    buckets = [4]
-    while buckets[-1] < min(largest_bucket, max(counts)):
-        buckets.append(buckets[-1] * 2)
     runs = []
     with Engine(device) as engine:
         advance(f"{name} {period * 1e3:.0f} ms: capturing {len(buckets)} batch sizes")
@@ -316,7 +343,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sessions", nargs="*", type=int, default=[], help="session counts to try, ascending")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured, for each session count")
     parser.add_argument("--warm", type=float, default=3.0, help="not measured, before them")
-    parser.add_argument("--largest-bucket", type=int, default=512)
+    parser.add_argument("--buckets", nargs="+", type=int, default=[4, 16, 64, 128, 256, 512], help="batch sizes")
     parser.add_argument("--name", default=None, help="of the result file; default asr_<device>")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
@@ -331,6 +358,7 @@ def main(arguments: Sequence[str]) -> None:
         "steps": [],
         "capacity": [],
         "floors": [],
+        "failures": [],
     }
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -349,6 +377,7 @@ def main(arguments: Sequence[str]) -> None:
                     dtype,
                     chunks=options.chunks,
                     references=not options.no_references,
+                    failures=numbers["failures"],
                     advance=advance,
                 )
             for lookahead in options.lookaheads:
@@ -365,7 +394,7 @@ def main(arguments: Sequence[str]) -> None:
                             dtype,
                             seconds=options.seconds,
                             warm=options.warm,
-                            largest_bucket=options.largest_bucket,
+                            buckets=options.buckets,
                             advance=advance,
                         )
                     )
@@ -383,6 +412,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def report(numbers: dict[str, Any], console: Console) -> None:
     """The tables, short."""
+    for failure in numbers["failures"]:
+        console.print(f"could not run {failure}", markup=False)
     for row in numbers["steps"]:
         times = ", ".join(f"{key} {value:.2f} ms" for key, value in row["ms"].items())
         ratios = ", ".join(f"{value:.2f}x {key}'s" for key, value in row["ratio"].items())
