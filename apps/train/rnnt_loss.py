@@ -91,10 +91,9 @@ def lattice(stay: Tensor, move: Tensor, frames: Tensor, lengths: Tensor) -> tupl
     arrive[0, :batch, 0] = 0
     enter = torch.cat([move - before[1:], (move - after[:-1]).flip(0, 2)], dim=1)  # score of entering state u + 1
     score = torch.empty_like(scan)
-    torch.logcumsumexp(arrive[0], dim=1, out=arrive[0])
-    torch.add(scan[0], arrive[0, :, 1:], out=score[0])
-    for u in range(1, states):
-        torch.add(score[u - 1], enter[u - 1], out=arrive[u, :, 1:])
+    for u in range(states):
+        if u:
+            torch.add(score[u - 1], enter[u - 1], out=arrive[u, :, 1:])
         torch.add(scan[u], torch.logcumsumexp(arrive[u], dim=1)[:, 1:], out=score[u])
     alpha = score[:, :batch]
     beta = torch.cat([score[:, batch:].flip(0, 2), end.flip(0)[:, :, None]], dim=2)
