@@ -102,7 +102,7 @@ class Transcriber:
         self.lookahead, self.language, self.files = lookahead, language, files
         variant = self.recognizer.variant(lookahead)
         self.engine = Engine(device, inline=True)
-        self.engine.add("asr", self.recognizer, slots=files, variants=[variant], buckets=[max(4, files)])
+        self.engine.add("asr", self.recognizer, slots=files, variants=[variant])
 
     def transcribe(self, path: str | PathLike[str]) -> Iterator[Caption]:
         """Captions of a file (or ``-``, standard input) as they come. Raises AudioError."""

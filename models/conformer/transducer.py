@@ -106,7 +106,8 @@ class Transducer(nn.Module):
         memory = torch.where(fresh[:, None, None, None], self.start[:, :-width].view(1, *memory.shape[1:]), memory)
         predicted = torch.where(fresh[:, None], self.start[:, -width:], predicted)
         projected = self.from_encoder(frames)
-        length = valid.sum(1)
+        # Rows that leave no trace have nothing to decode: the loop must not wait for them.
+        length = torch.where(active, valid.sum(1), 0)
         zero = torch.zeros(rows, dtype=torch.int64, device=device)
         frame, symbols, count = zero, zero, zero
         # One column to spare takes the writes of rows that emit nothing.

@@ -26,12 +26,11 @@ from .drive import Driver, InlineDriver, Item, ThreadDriver
 from .errors import Closed
 from .lease import Lease
 from .metrics import prometheus
-from .runner import InputCheck, Inputs, Row
+from .runner import EXACT_ROWS, InputCheck, Inputs, Row
 from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
 
 T = TypeVar("T")
 
-SMALLEST_BUCKET = 4  # smaller products round differently on the CPU
 LARGEST_BUCKET = 256
 
 
@@ -86,7 +85,7 @@ class Engine:
 
         budget: seconds from a chunk's arrival to its deadline; default the media time of a step.
         variants: those to serve; default all the model has. The first is the default of ``open``.
-        buckets: batch sizes; default powers of two from 4 to what the slots need, at most 256.
+        buckets: batch sizes; default powers of two to what the slots need, at least 4 and at most 256.
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         """
@@ -95,7 +94,7 @@ class Engine:
         chosen = tuple(model.variants if variants is None else variants)
         if unknown := [variant for variant in chosen if variant not in model.variants]:
             raise ValueError(f"model {name!r} has no variant {unknown[0]!r}; it has {list(model.variants)}")
-        sizes = default_buckets(slots) if buckets is None else tuple(sorted(set(buckets)))
+        sizes = tuple(sorted(set(buckets))) if buckets is not None else default_buckets(max(slots, EXACT_ROWS))
         exact = self.device.type == "cpu" if exact is None else exact
         model.to(self.device).eval()
         host = partial(
@@ -224,9 +223,9 @@ class Engine:
         self._driver.post(item, not_before)
 
 
-def default_buckets(slots: int) -> tuple[int, ...]:
-    """Powers of two from 4 to the first that holds all slots, at most 256."""
-    sizes = [SMALLEST_BUCKET]
+def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:
+    """Powers of two from ``smallest`` to the first that holds all slots, at most 256."""
+    sizes = [smallest]
     while sizes[-1] < min(slots, LARGEST_BUCKET):
         sizes.append(sizes[-1] * 2)
     return tuple(sizes)

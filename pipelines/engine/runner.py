@@ -224,21 +224,24 @@ class CpuRunner:
         return Landed(outputs if last == self._slices[variant] else {}, self._now() - started)
 
 
+EXACT_ROWS = 4  # the smallest batch that everything else is held to: products of fewer rows round in their own ways
+
+
 def probe_exact_buckets(
     model: StreamingModel, variant: Hashable, buckets: Sequence[int], *, steps: int = 4, seed: int = 0
 ) -> tuple[int, ...]:
-    """The batch sizes that give every row the same bits as the smallest one does.
+    """The batch sizes that give every row the same bits as the base does: four rows, or the next size up there is.
 
-    Matrix products may round differently by batch size (and by BLAS and CPU). The probe steps the same sessions
-    in the smallest bucket and, repeated, in every row of each other, and compares all outputs and all state.
-    Inputs are noise where they are floating point, else their reset value; a model may offer
+    Matrix products may round differently by batch size (and by BLAS and CPU), most of all for a single row. The probe
+    steps the same sessions in the base and, repeated or in part, in each other size, and compares all outputs and all
+    state. Inputs are noise where they are floating point, else their reset value; a model may offer
     ``probe_inputs(variant, rows, generator)`` instead.
     """
-    base = buckets[0]
+    base = min((bucket for bucket in buckets if bucket >= EXACT_ROWS), default=max(buckets))
     reference = _probe(model, variant, base, base, steps, seed)
-    exact = [base]
-    for bucket in buckets[1:]:
-        tensors = _probe(model, variant, bucket, base, steps, seed)
+    exact = []
+    for bucket in buckets:
+        tensors = reference if bucket == base else _probe(model, variant, bucket, base, steps, seed)
         index = torch.arange(bucket) % base
         if all(_same_bits(tensor, expected[index]) for tensor, expected in zip(tensors, reference, strict=True)):
             exact.append(bucket)

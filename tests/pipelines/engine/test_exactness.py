@@ -247,7 +247,21 @@ def test_the_probe_finds_buckets_that_round_differently() -> None:
     assert made.metrics()["models"]["rounds"]["variants"][1]["buckets"] == [4, 8, 32]
     made = Engine(inline=True)
     made.add("rounds", Rounds(), slots=32, variants=(1,), exact=False)
-    assert made.metrics()["models"]["rounds"]["variants"][1]["buckets"] == [4, 8, 16, 32]
+    assert made.metrics()["models"]["rounds"]["variants"][1]["buckets"] == [1, 2, 4, 8, 16, 32]
+
+
+def test_smaller_batches_serve_where_they_round_as_four_rows_do() -> None:
+    class Doubles(Toy):
+        """Exact in any batch but one of a single row."""
+
+        def step(self, inputs, state, slots, active):
+            rows = len(slots)
+            outputs = {"double": inputs["frames"] * 2.0 + (rows == 1)}
+            state["level"][slots] = torch.where(active, state["level"][slots] + 1, state["level"][slots])
+            return outputs
+
+    assert probe_exact_buckets(Doubles(), 1, (1, 2, 4, 8)) == (2, 4, 8)
+    assert probe_exact_buckets(Doubles(), 1, (1, 2)) == (2,)
 
 
 def test_the_probe_sees_a_difference_that_only_the_state_shows() -> None:
