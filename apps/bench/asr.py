@@ -126,8 +126,8 @@ class Ours:
     def __init__(self, asr: ConformerASR, lookahead: int, rows: int, device: torch.device) -> None:
         self.engine = Engine(device, inline=True)
         self.recognizer = Recognizer(asr, "rnnt")
-        bucket = max(4, rows)
-        self.engine.add("asr", self.recognizer, slots=rows, variants=[lookahead], buckets=[bucket])
+        buckets = [rows] if device.type == "cuda" else None
+        self.engine.add("asr", self.recognizer, slots=rows, variants=[lookahead], buckets=buckets)
         self.lookahead, self.rows, self.device = lookahead, rows, device
         self.tokens: list[list[int]] = []
 
