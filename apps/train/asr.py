@@ -3,17 +3,19 @@
     python -m antiphon.apps.train.asr --data FOLDER ... --test FOLDER ... --hold-out ls-1867 --texts FILE ... \\
         --teacher WHISPER --noise FOLDER --out DIR
 
-Data folders (``data.py``) are packed on first use; shards, such as ``synthesise.py`` writes, are taken as they are. Stop
-and start again at will: the run continues where its checkpoint stands. On several GPUs start it under ``torchrun``.
+Data folders (``data.py``) are packed on first use; shards, such as ``synthesise.py`` writes, are taken as they are.
+Stop and start again at will: the run continues where its checkpoint stands. On several GPUs start it under
+``torchrun``. The checkpoint with its card is ``OUT/model``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -28,28 +30,14 @@ from ...models.conformer.config import ConformerConfig, TransducerConfig
 from ...models.conformer.ctc import CTCHead
 from ...models.conformer.transducer import Transducer
 from .batches import Augmentation, Batcher, Pool
-from .data import PCM, Clip, Shard, pack
-from .evaluate import total_errors, transcribe
+from .card import AVERAGED, LOOKAHEADS, RUN, by_corpus, export, summary
+from .data import Clip, Shard, open_data
+from .evaluate import choose_tests, total_errors, transcribe
 from .teacher import WhisperEncoder, listen
 from .text import spoken
 from .trainer import Recipe, Student, Trainer
 
-LOOKAHEADS = (6, 0, 1, 13)
-AVERAGED = "averaged.pt"
 UNSURE = 0.15  # pseudo-labelled clips on which two recognisers differ more than this teach by features alone
-
-
-def open_data(folders: Iterable[Path], work: Path) -> list[Shard]:
-    """Shards of data folders (packed below ``work`` once), of shard folders, and of folders full of shards."""
-    shards = []
-    for folder in folders:
-        if (folder / PCM).is_file():
-            shards.append(Shard(folder))
-        elif any(folder.glob(f"*/{PCM}")):
-            shards += [Shard(path.parent) for path in sorted(folder.glob(f"*/{PCM}"))]
-        else:
-            shards.append(pack(folder, work / "shards" / folder.name))
-    return shards
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, path: Path) -> None:
@@ -78,22 +66,7 @@ def trusted(clip: Clip) -> bool:
     return clip.doubt <= UNSURE and bool(clip.text)
 
 
-def choose_tests(
-    shards: Sequence[Shard], held_out: set[str], most: int, seed: int
-) -> dict[str, list[tuple[Shard, int]]]:
-    """Test set name -> clips. A shard of held-out speakers is a set of its own; ``most`` clips each, by seed."""
-    tests: dict[str, list[tuple[Shard, int]]] = {}
-    for shard in shards:
-        for index, clip in enumerate(shard.clips):
-            if clip.text and (clip.speaker in held_out or not held_out):
-                tests.setdefault(clip.corpus, []).append((shard, index))
-    return {
-        name: sorted(random.Random(seed).sample(clips, min(most, len(clips))), key=lambda one: one[1])
-        for name, clips in tests.items()
-    }
-
-
-def measure(
+def measure_student(
     student: Student, tests: dict[str, list[tuple[Shard, int]]], tokenizer: sentencepiece.SentencePieceProcessor
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Word error rates of greedy decoding: test set -> lookahead -> head -> percent."""
@@ -224,17 +197,25 @@ def main(
         console.print(f"continuing at step {trainer.step}")
     trainer.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
     if rank == 0:
-        weights = {name: value.half() for name, value in trainer.averaged().state_dict().items()}
-        torch.save(weights, out / AVERAGED)
-        tests = choose_tests(open_data(test or [], out), set(), test_clips, seed)
-        tests |= {
-            f"{name} (held-out speakers)": clips
-            for name, clips in choose_tests(shards, held_out, test_clips, seed).items()
-            if held_out
+        averaged = trainer.averaged()
+        torch.save({name: value.half() for name, value in averaged.state_dict().items()}, out / AVERAGED)
+        corpora = {name: summary(clips) for name, clips in by_corpus(kept).items()}
+        run = {
+            "command": sys.argv,
+            "corpora": corpora,
+            "held_out": sorted(held_out),
+            "seed": seed,
+            "steps": trainer.step,
         }
-        results = measure(trainer.averaged(), tests, pieces)
+        (out / RUN).write_text(json.dumps({**run, "recipe": asdict(trainer.recipe)}, indent=1), encoding="utf-8")
+        tests = choose_tests(open_data(test or [], out), set(), test_clips, seed)
+        if held_out:
+            held_out_clips = choose_tests(shards, held_out, test_clips, seed)
+            tests |= {f"{name} (held-out speakers)": clips for name, clips in held_out_clips.items()}
+        results = measure_student(averaged, tests, pieces)
         (out / "wer.json").write_text(json.dumps({"step": trainer.step, "wer": results}, indent=1), encoding="utf-8")
         console.print(json.dumps(results))
+        export(out, model_file, out / "model", None)
     if world > 1:
         torch.distributed.destroy_process_group()
 

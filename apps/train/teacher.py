@@ -100,7 +100,7 @@ class WhisperEncoder(nn.Module):
         return self._norm(hidden, "layer_norm")
 
     def _linear(self, hidden: Tensor, name: str) -> Tensor:
-        bias = self.weights[name + "_bias"] if name + "_bias" in self.weights else None
+        bias = self.weights.get(name + "_bias")
         return F.linear(hidden, self.weights[name + "_weight"], bias)
 
     def _norm(self, hidden: Tensor, name: str) -> Tensor:

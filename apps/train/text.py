@@ -12,7 +12,7 @@ _YEAR = re.compile(r"1[1-9]\d\d|20[1-9]\d")
 
 def spoken(text: str) -> str:
     """Lower-case words in a-z and apostrophes, numbers spelled out: what a transcript of this recogniser looks like."""
-    text = unicodedata.normalize("NFKD", text.replace("’", "'")).encode("ascii", "ignore").decode().lower()
+    text = unicodedata.normalize("NFKD", text.replace("\u2019", "'")).encode("ascii", "ignore").decode().lower()
     text = re.sub(r"\$\s?(\d[\d,]*(?:\.\d+)?)", r"\1 dollars", text).replace("&", " and ").replace("%", " percent ")
     if any(character.isdigit() for character in text):
         text = _NUMBER.sub(_spell, text)

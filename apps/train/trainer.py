@@ -35,41 +35,45 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result, besides data and seed. Times are shares of ``steps``."""
+    """Everything that decides the result, besides data and seed. ``..._at`` are steps, ``..._until`` shares of them.
+
+    A loss must not join before the encoder is ready for it: CTC before the features tell phones apart, or RNN-T before
+    CTC has begun to spell, and the encoder falls back to a constant from which it does not return.
+    """
 
     steps: int = 4_000
-    batch_seconds: float = 900.0
-    rate: float = 2e-3
-    warmup: int = 400
+    batch_seconds: float = 1800.0
+    rate: float = 1.5e-3
+    warmup: int = 500
+    level_until: float = 0.35
     decay: float = 0.01
     clip: float = 1.0
     average: float = 0.998
-    distil_until: float = 0.6
     distil_weight: float = 4.0
     distil_least: float = 1.0
-    ctc_from: float = 0.03
+    distil_until: float = 0.6
+    ctc_at: int = 420
     ctc_weight: float = 0.4
-    rnnt_from: float = 0.1
+    rnnt_at: int = 1000
     lookaheads: tuple[int | None, ...] = (None, 13, 6, 1, 0)
     odds: tuple[float, ...] = (0.12, 0.2, 0.32, 0.2, 0.16)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, level until 40 % of the steps, then linear to zero."""
-        progress = step / self.steps
-        return self.rate * min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.0, 1 - progress) / 0.6)
+        """Linear warm-up, level, then linear to zero."""
+        left = (1 - step / self.steps) / (1 - self.level_until)
+        return self.rate * min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.0, left))
 
     def weights(self, step: int) -> dict[str, float]:
         """Of the losses."""
-        progress = step / self.steps
 
-        def ramp(start: float, length: float) -> float:
-            return min(1.0, max(0.0, (progress - start) / length))
+        def ramp(start: int, length: float) -> float:
+            return min(1.0, max(0.0, (step - start) / max(1.0, length)))
 
-        fall = ramp(self.rnnt_from, self.distil_until - self.rnnt_from)
+        fall = ramp(self.rnnt_at, self.distil_until * self.steps - self.rnnt_at)
         return {
             "distil": self.distil_weight + (self.distil_least - self.distil_weight) * fall,
-            "ctc": self.ctc_weight * ramp(self.ctc_from, 0.02),
-            "rnnt": ramp(self.rnnt_from, 0.05),
+            "ctc": self.ctc_weight * ramp(self.ctc_at, 100),
+            "rnnt": ramp(self.rnnt_at, 200),
         }
 
 
@@ -83,6 +87,19 @@ class Student(nn.Module):
         self.ctc = CTCHead(encoder.width, transducer.vocabulary)
         self.distil = nn.Linear(encoder.width, 2 * teacher_width)
         self.block = block
+        self._start_front()
+
+    @torch.no_grad()
+    def _start_front(self) -> None:
+        """Start the subsampling as if its input were normalised, and so that signals keep their size through its ReLUs.
+
+        Log-mels are about -12 with a spread of 3; without this the first layers mostly see their mean.
+        """
+        front = self.encoder.subsampling
+        front.first.weight.mul_(0.8)
+        front.first.bias.add_(12.0 * front.first.weight.sum(1))
+        for layer in (*front.depthwise, *front.pointwise):
+            layer.weight.mul_(2.0)
 
     def losses(
         self, batch: Batch, features: Tensor, lookahead: int | None, weights: Mapping[str, float]
@@ -91,8 +108,9 @@ class Student(nn.Module):
         device = batch.mel.device
         inner: list[Tensor] = []
         hook = self.encoder.blocks[self.block].register_forward_hook(lambda *call: inner.append(call[2]))
-        frames, lengths = self.encoder(batch.mel.to(self.encoder.dtype), batch.frames, lookahead)
-        guess = self.distil(inner[0])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            frames, lengths = self.encoder(batch.mel, batch.frames, lookahead)
+            guess = self.distil(inner[0])
         hook.remove()
         real = torch.arange(frames.shape[1], device=device) < lengths[:, None]
         wanted = targets(features, batch.begin, batch.rate, frames.shape[1])
@@ -101,7 +119,9 @@ class Student(nn.Module):
         counted = batch.trusted & (batch.lengths > 0) & (lengths >= batch.lengths + 1)
         tokens = (batch.lengths * counted).sum().clamp(min=1)
         if weights["ctc"]:
-            chances = self.ctc(frames).float().log_softmax(-1).transpose(0, 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                logits = self.ctc(frames)
+            chances = logits.float().log_softmax(-1).transpose(0, 1)
             each = F.ctc_loss(
                 chances,
                 batch.tokens,
@@ -113,9 +133,10 @@ class Student(nn.Module):
             )
             result["ctc"] = (each * counted).sum() / tokens
         if weights["rnnt"]:
-            with torch.backends.cudnn.flags(enabled=True):
-                predicted = self.transducer.predict(batch.tokens)
-            joint = self.transducer.joint(frames, predicted)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                with torch.backends.cudnn.flags(enabled=True):
+                    predicted = self.transducer.predict(batch.tokens)
+                joint = self.transducer.joint(frames, predicted)
             each = rnnt_loss(joint, batch.tokens, lengths, batch.lengths, self.transducer.blank)
             result["rnnt"] = (each * counted).sum() / tokens
         return result
@@ -138,16 +159,12 @@ class Trainer:
         device = batcher.pool.pcm.device
         self.recipe, self.batcher, self.features = recipe, batcher, features
         self.out, self.seed, self.rank, self.world = out, seed, rank, world
-        # The student computes in bfloat16 on a GPU; its weights are rounded copies of one flat float32 tensor, so that
-        # the optimiser, the clipping and the averages take a few kernels however many parameters there are.
         self.student = student.to(device).train()
+        # All weights are views of one flat tensor, so that clipping, the optimiser and the average take a few kernels.
         self.parameters = sorted(student.parameters(), key=lambda parameter: parameter.ndim <= 1)
-        self.flat = torch.cat([parameter.detach().float().flatten() for parameter in self.parameters])
-        sizes = [parameter.numel() for parameter in self.parameters]
-        shapes = [parameter.shape for parameter in self.parameters]
-        self.views = [part.view(shape) for part, shape in zip(self.flat.split(sizes), shapes, strict=True)]
-        if device.type == "cuda":
-            self.student.bfloat16()
+        self.flat = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        for parameter, part in zip(self.parameters, self._split(self.flat), strict=True):
+            parameter.data = part
         decayed = sum(parameter.numel() for parameter in self.parameters if parameter.ndim > 1)
         self.masters = [nn.Parameter(part) for part in (self.flat[:decayed], self.flat[decayed:])]
         groups = [
@@ -253,17 +270,18 @@ class Trainer:
         keep = min(recipe.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             self.average.lerp_(self.flat, 1 - keep)
-            torch._foreach_copy_(self.parameters, self.views)
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """A tensor like ``flat`` as views shaped like the parameters."""
+        parts = flat.split([parameter.numel() for parameter in self.parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
 
     def averaged(self) -> Student:
         """A copy of the student in eval mode with the averaged weights."""
-        student = copy.deepcopy(self.student).float()
-        with torch.no_grad():
-            parts = self.average.split([parameter.numel() for parameter in self.parameters])
-            for parameter, part in zip(
-                sorted(student.parameters(), key=lambda parameter: parameter.ndim <= 1), parts, strict=True
-            ):
-                parameter.copy_(part.view_as(parameter))
+        student = copy.deepcopy(self.student)
+        copies = sorted(student.parameters(), key=lambda parameter: parameter.ndim <= 1)
+        for parameter, part in zip(copies, self._split(self.average), strict=True):
+            parameter.data = part.clone()
         return student.eval()
 
     def save(self) -> None:
@@ -299,7 +317,6 @@ class Trainer:
         with torch.no_grad():
             self.flat.copy_(state["weights"])
             self.average.copy_(state["average"])
-            torch._foreach_copy_(self.parameters, self.views)
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.skipped = state["step"], state["skipped"].to(self.features.device)
         return True
