@@ -153,7 +153,7 @@ def targets(features: Tensor, begin: Tensor, rate: Tensor, frames: int) -> Tenso
     there, read at the speech's ``rate [B]`` from pool sample ``begin [B]``.
     """
     ticks = torch.arange(2 * frames, device=features.device, dtype=torch.float64) - 1.5
-    position = (begin[:, None].double() / STEP + rate[:, None] * ticks - 0.5 + 0.5 * rate[:, None]).clamp(min=0)
+    position = (begin[:, None].double() / STEP + rate[:, None] * ticks - 0.5).clamp(min=0)
     index = position.floor().long().clamp(max=len(features) - 2)
     part = (position - index).clamp(max=1)[..., None].to(features.dtype)
     low, high = features[index], features[index + 1]

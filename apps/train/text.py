@@ -32,7 +32,7 @@ def _spell(match: re.Match[str]) -> str:
     digits = match.group().replace(",", "")
     if digits[-1].isalpha():
         words = num2words(int(digits[:-2]), to="ordinal")
-    elif _YEAR.fullmatch(digits):
+    elif _YEAR.fullmatch(match.group()):
         words = num2words(int(digits), to="year")
     else:
         words = num2words(float(digits) if "." in digits else int(digits))

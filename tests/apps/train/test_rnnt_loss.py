@@ -4,8 +4,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from antiphon.apps.train.rnnt_loss import rnnt_loss
 from torch import Tensor
+
+from antiphon.apps.train.rnnt_loss import rnnt_loss
 
 
 def by_enumeration(logits: Tensor, labels: list[int], frames: int, blank: int) -> Tensor:
