@@ -44,8 +44,12 @@ class ThreadDriver:
         self._sleeps_until = -math.inf  # while the thread sleeps, when it wakes by itself; else -inf
         self._stopping = False
         self._stopped = False
+        self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        if self._ready.exception() is not None:
+            self._thread.join()
+        self._ready.result()
 
     def post(self, item: Item, not_before: float = -math.inf) -> None:
         self._items.append(item)
@@ -65,9 +69,15 @@ class ThreadDriver:
             self._thread.join()
 
     def _run(self) -> None:
-        cause: BaseException | None = None
         try:
             self._core.setup()
+        except BaseException as error:  # noqa: BLE001 - whoever makes the engine gets it
+            self._stopped = True
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        cause: BaseException | None = None
+        try:
             self._loop()
         except BaseException as error:
             cause = error

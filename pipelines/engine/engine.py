@@ -57,7 +57,7 @@ class Engine:
     ) -> None:
         if not inline and (cost is not None or not isinstance(clock, WallClock | None)):
             raise ValueError("a clock other than WallClock, and cost, need inline=True")
-        self.device = torch.device(device)
+        self.device = _indexed(torch.device(device))
         self.inbox = inbox
         self.now = (clock or WallClock()).now
         self.shedding = shedding or Shedding()
@@ -221,6 +221,13 @@ class Engine:
         if self._closed:
             raise Closed("the engine was closed")
         self._driver.post(item, not_before)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """``cuda`` as the CUDA device in use now; other devices as they are. Raises RuntimeError where there is no CUDA."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from antiphon.pipelines.engine import (
     Stale,
     StepFailed,
 )
+from antiphon.pipelines.engine.core import Core
 
 Main = Callable[[Engine], Coroutine[Any, Any, None]]
 
@@ -463,3 +464,15 @@ def test_a_dropped_engine_leaves_no_warning() -> None:
 
     asyncio.run(watched())
     assert unhandled == []
+
+
+def test_an_engine_whose_device_cannot_be_set_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Core) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(Core, "setup", broken)
+    before = threading.active_count()
+    for inline in (False, True):
+        with pytest.raises(RuntimeError, match="no such device"):
+            Engine(inline=inline)
+    assert threading.active_count() == before
