@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +86,7 @@ def measure_student(
     return results
 
 
-def main(
+def train(
     data: Annotated[list[Path], typer.Option(help="Data folder, shard or folder of shards to train on; repeat it.")],
     out: Annotated[Path, typer.Option(help="Where the checkpoint, log and results go.")],
     teacher: Annotated[Path, typer.Option(help="Folder of a CTranslate2 whisper model.bin to distil.")],
@@ -220,5 +220,12 @@ def main(
         torch.distributed.destroy_process_group()
 
 
+def main(arguments: Sequence[str]) -> None:
+    """The command line; see ``--help``."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(train)
+    command(list(arguments), standalone_mode=False, prog_name="antiphon train asr")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    main(sys.argv[1:])

@@ -170,7 +170,7 @@ class Batcher:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
         count = len(rows)
-        rate = np.exp(random.uniform(*np.log(vary.speed), count)) if vary else np.ones(count)
+        rate = log_uniform(random, vary.speed, count) if vary else np.ones(count)
         samples = (pool.samples[rows] / rate).astype(np.int64)
         begin, rates, sizes = send(pool.begin[rows]), send(rate), send(samples)
         audio = read(pool.pcm, begin, rates, int(samples.max()))
@@ -179,7 +179,7 @@ class Batcher:
             audio = self._distort(audio, sizes, vary, random, generator)
         mel, frames = self.mel(audio, sizes)
         if vary:
-            mel = warp_formants(mel, send(np.exp(random.uniform(*np.log(vary.formants), count))))
+            mel = warp_formants(mel, send(log_uniform(random, vary.formants, count)))
             mel = mask(mel, frames, vary, generator)
         longest = max(1, int(pool.lengths[rows].max()))
         return Batch(
@@ -190,7 +190,7 @@ class Batcher:
             begin=begin,
             rate=rates,
             trusted=send(pool.trusted[rows]),
-            host_frames=torch.from_numpy(encoder_frames(samples // self.mel.config.hop)),
+            host_frames=torch.tensor([encoder_frames(int(count) // self.mel.config.hop) for count in samples]),
             host_lengths=torch.from_numpy(pool.lengths[rows]),
         )
 
@@ -233,6 +233,12 @@ def read(pcm: Tensor, begin: Tensor, rate: Tensor, width: int) -> Tensor:
     return (low + part * (high - low)) / 32768
 
 
+def log_uniform(random: np.random.Generator, between: tuple[float, float], count: int) -> NDArray[np.float64]:
+    """``[count]`` factors whose logarithms are uniform."""
+    low, high = np.log(between)
+    return np.exp(random.uniform(low, high, count))
+
+
 def level(audio: Tensor) -> Tensor:
     return audio.square().mean(1, keepdim=True).sqrt()
 
@@ -250,7 +256,8 @@ def echo(audio: Tensor, generator: torch.Generator) -> Tensor:
     room[:, 0] = 1
     size = 1 << (width + len(seconds) - 1).bit_length()
     wet = torch.fft.irfft(torch.fft.rfft(audio, size) * torch.fft.rfft(room, size), size)[:, :width]
-    return wet * level(audio) / level(wet).clamp(min=1e-6)
+    result: Tensor = wet * level(audio) / level(wet).clamp(min=1e-6)
+    return result
 
 
 def warp_formants(mel: Tensor, factor: Tensor) -> Tensor:

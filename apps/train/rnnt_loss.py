@@ -28,15 +28,13 @@ def rnnt_loss(logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, 
         )
     if frames.shape != (batch,) or lengths.shape != (batch,):
         raise ValueError(f"frames and lengths must be [{batch}], got {tuple(frames.shape)} and {tuple(lengths.shape)}")
-    result: Tensor = _RNNTLoss.apply(logits, targets, frames, lengths, blank)
+    result: Tensor = _RNNTLoss.apply(logits, targets, frames, lengths, blank)  # type: ignore[no-untyped-call]
     return result
 
 
 class _RNNTLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tensor, blank: int) -> Tensor:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         normaliser = torch.logsumexp(logits.to(dtype), dim=-1)
         labels = torch.where(torch.arange(targets.shape[1], device=targets.device) < lengths[:, None], targets, 0)
@@ -51,7 +49,7 @@ class _RNNTLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, normaliser, labels, stay_share, move_share = ctx.saved_tensors
         stay_share = stay_share * grad[:, None, None]
         move_share = move_share * grad[:, None, None]

@@ -57,6 +57,8 @@ def _name(file: BinaryIO) -> str:
 class WhisperEncoder(nn.Module):
     """mel ``[B, 80, T]`` (T even, at most 3000 frames of 10 ms) to features ``[B, T / 2, width]``."""
 
+    window: Tensor
+
     def __init__(self, weights: dict[str, NDArray[np.generic]]) -> None:
         super().__init__()
         self.weights = nn.ParameterDict(
@@ -158,4 +160,4 @@ def targets(features: Tensor, begin: Tensor, rate: Tensor, frames: int) -> Tenso
     part = (position - index).clamp(max=1)[..., None].to(features.dtype)
     low, high = features[index], features[index + 1]
     mixed = low + part * (high - low)
-    return mixed.unflatten(1, (frames, 2)).flatten(2)
+    return mixed.view(len(mixed), frames, -1)

@@ -265,7 +265,7 @@ class Trainer:
             master.grad = part
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
-        self.optimiser.found_inf = bad  # the fused optimiser leaves everything as it is where this is 1
+        self.optimiser.found_inf = bad  # type: ignore[attr-defined]  # the fused optimiser leaves everything as it is where this is 1
         self.optimiser.step()
         keep = min(recipe.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

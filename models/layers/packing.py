@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()
 PACK_ROWS = 16  # rows the layout is tuned for; any number of rows may be fed
 
 

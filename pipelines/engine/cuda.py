@@ -30,7 +30,7 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = torch.cuda.graph_pool_handle()
         torch.cuda.set_stream(self.stream)
 
@@ -93,7 +93,7 @@ class CudaFlight:
         self._started, self._ended, self._landed = started, ended, landed
 
     def ready(self) -> bool:
-        return bool(self._landed.query())  # type: ignore[no-untyped-call]
+        return bool(self._landed.query())
 
     def wait(self) -> tuple[dict[str, Tensor], float]:
         self._landed.synchronize()
@@ -181,4 +181,4 @@ class CudaRunner:
 
 def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
     """``blocking``: waiting for it sleeps instead of spinning."""
-    return torch.cuda.Event(enable_timing=enable_timing, blocking=blocking)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=enable_timing, blocking=blocking)

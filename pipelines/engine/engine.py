@@ -225,9 +225,7 @@ class Engine:
 
 def _indexed(device: torch.device) -> torch.device:
     """``cuda`` as the CUDA device in use now; other devices as they are. Raises RuntimeError where there is no CUDA."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ def test_it_writes_numbers_and_a_picture(tmp_path: Path) -> None:
     numbers = record["numbers"]
     assert record["command"].startswith("antiphon bench asr --shapes tiny")
     assert numbers["steps"][0]["ms"]["antiphon"] > 0
-    assert [run["sessions"] for run in numbers["capacity"][0]["runs"]][0] == 2
+    assert numbers["capacity"][0]["runs"][0]["sessions"] == 2
     assert numbers["capacity"][0]["runs"][0]["chunks"] >= 8
     assert numbers["floors"][0]["floor_ms"] < numbers["steps"][0]["ms"]["antiphon"]
     assert (tmp_path / "t.svg").read_text().startswith("<?xml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from antiphon.codecs.mel import LogMel, MelConfig, slaney_filters
 
 pytestmark = pytest.mark.parity

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from antiphon.codecs import audio_file
 from antiphon.codecs.audio_file import AudioError
 from antiphon.pipelines.chunk import Audio

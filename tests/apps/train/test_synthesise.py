@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from antiphon.apps.train import synthesise
 from antiphon.apps.train.data import Shard
 from antiphon.apps.train.prompts import Prompt, build_prompts, clean, shares
@@ -250,8 +251,9 @@ def test_published_names_map_to_ours() -> None:
 
 
 def test_packed_codes_come_back_as_numbers(tmp_path: Path) -> None:
-    from antiphon.apps.train.voices.packed import unpack
     from safetensors.torch import save_file
+
+    from antiphon.apps.train.voices.packed import unpack
 
     with pytest.raises(FileNotFoundError, match=r"voices\.pack"):
         unpack(tmp_path)
