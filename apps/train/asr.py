@@ -215,7 +215,7 @@ def train(
         results = measure_student(averaged, tests, pieces)
         (out / "wer.json").write_text(json.dumps({"step": trainer.step, "wer": results}, indent=1), encoding="utf-8")
         console.print(json.dumps(results))
-        export(out, model_file, out / "model", None)
+        export(out, model_file, out / "model")
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -70,22 +70,39 @@ def configuration(weights: Mapping[str, torch.Tensor]) -> ASRConfig:
     return ASRConfig(encoder, vocabulary, transducer, ctc=True, mel=MEL)
 
 
-def export(run: Path, tokenizer: Path, model: Path, figures: Mapping[str, Any] | None) -> None:
-    """Write the checkpoint ``model`` from the averaged weights of ``run``."""
+def export(
+    run: Path, tokenizer: Path, model: Path, figures: Mapping[str, Any] | None = None, prompts: str = ""
+) -> None:
+    """Write the checkpoint ``model`` from the averaged weights of ``run``. prompts: what its synthetic speech reads."""
     weights: dict[str, torch.Tensor] = torch.load(run / AVERAGED, map_location="cpu", weights_only=True)
     config = configuration(weights)
     facts = json.loads((run / RUN).read_text(encoding="utf-8"))
     count = sum(value.numel() for name, value in weights.items() if not name.startswith("distil"))
-    card = write_card(model.name, count, config, facts, figures)
+    card = write_card(model.name, count, config, facts, figures, prompts)
     save(model, config, weights, Tokenizer(Source("tokenizer.model", tokenizer.read_bytes())), card)
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command line as anyone would type it: paths by their last part."""
+    short = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments[1:]]
+    return shlex.join(["antiphon", "train", "asr", *short])
+
+
 def write_card(
-    name: str, parameters: int, config: ASRConfig, run: Mapping[str, Any], figures: Mapping[str, Any] | None
+    name: str,
+    parameters: int,
+    config: ASRConfig,
+    run: Mapping[str, Any],
+    figures: Mapping[str, Any] | None,
+    prompts: str = "",
 ) -> str:
     """The README of a checkpoint: what it is, from what it was made and how, how well it does."""
     encoder = config.encoder
     lines = [
+        "---",
+        "license: cc-by-4.0",
+        "language: en",
+        "---",
         f"# {name}",
         "",
         f"English streaming speech recognition: FastConformer encoder ({encoder.layers} x {encoder.width}), RNN-T and "
@@ -107,13 +124,12 @@ def write_card(
         )
     lines += [
         "",
-        f"Speakers never trained on: {', '.join(run['held_out']) or 'none'}. Synthetic speech reads public-domain "
-        "books and the text corpora named in its manifests. The teacher of the features is whisper (MIT, OpenAI).",
+        f"Speakers never trained on: {', '.join(run['held_out']) or 'none'}. The teacher of the features is whisper "
+        "(MIT, OpenAI)." + (f" Synthetic speech reads {prompts}." if prompts else ""),
         "",
         "## Recipe",
         "",
-        f"`{shlex.join(['python', '-m', 'antiphon.apps.train.asr', *run['command'][1:]])}`, seed {run['seed']}, "
-        f"{run['steps']} steps. Settings:",
+        f"`{command(run['command'])}`, seed {run['seed']}, {run['steps']} steps. Settings:",
         "",
         "```json",
         json.dumps(run["recipe"], indent=1),
@@ -149,9 +165,10 @@ def main(
     tokenizer: Annotated[Path, typer.Argument(help="Its SentencePiece model.")],
     model: Annotated[Path, typer.Argument(help="Folder to write.")],
     figures: Annotated[Path | None, typer.Option(help="JSON that evaluate.py wrote.")] = None,
+    prompts: Annotated[str, typer.Option(help="What the synthetic speech reads, for the card.")] = "",
 ) -> None:
     """Write a checkpoint and its card."""
-    export(run, tokenizer, model, json.loads(figures.read_text(encoding="utf-8")) if figures else None)
+    export(run, tokenizer, model, json.loads(figures.read_text(encoding="utf-8")) if figures else None, prompts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""The embedded model on real speech that it was not trained on, as a newcomer runs it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+
+import antiphon
+from antiphon.codecs.audio_file import read, write
+from antiphon.codecs.mel import UNKNOWN
+from antiphon.models.conformer.checkpoint import load
+from antiphon.models.conformer.hub import EMBEDDED, embedded
+from antiphon.pipelines.recognizer import Blocks, Recognizer
+
+ROOT = Path(antiphon.__file__).parent
+CLIP = ROOT / "apps" / "samples" / "two_cities.flac"
+WORST = {0: 0.35, 80: 0.32, 480: 0.27, 1040: 0.25}
+
+
+def transcript() -> str:
+    quoted = [line[2:] for line in (CLIP.parent / "README.md").read_text().splitlines() if line.startswith("> ")]
+    return re.sub("[^a-z ]", "", " ".join(quoted).lower())
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> Recognizer:
+    return Recognizer(load())
+
+
+@pytest.mark.parametrize("lookahead", WORST)
+def test_it_hears_most_words_of_a_stranger(lookahead: int) -> None:
+    said = " ".join(c.text for c in antiphon.transcribe(CLIP, lookahead=lookahead) if isinstance(c, antiphon.Final))
+    assert jiwer.wer(transcript(), said) <= WORST[lookahead]
+
+
+def test_words_lie_where_they_are_said() -> None:
+    finals = [c for c in antiphon.transcribe(CLIP) if isinstance(c, antiphon.Final)]
+    words = [word for final in finals for word in final.words]
+    assert all(word.start < word.end <= 24.7 for word in words)
+    assert all(before.start <= after.start for before, after in zip(words, words[1:], strict=False))
+    # "It was the best of times" is spoken in the first three seconds.
+    assert [word.text for word in words[:6]] == ["it", "was", "the", "best", "of", "times"]
+    assert 0.2 < words[0].start < 1.5
+    assert words[5].end < 3.5
+
+
+def test_partials_grow_and_finals_keep_what_they_said() -> None:
+    shown = ""
+    for caption in antiphon.transcribe(CLIP):
+        if isinstance(caption, antiphon.Final):
+            assert caption.text.startswith(" ".join(shown.split()[:-1]))
+            shown = ""
+        else:
+            assert caption.text.startswith(" ".join(shown.split()[:-1]))
+            shown = caption.text
+
+
+@pytest.mark.parametrize("samples", [np.zeros(48_000, np.float32), np.zeros(0, np.float32)], ids=["silence", "empty"])
+def test_silence_says_nothing(tmp_path: Path, samples: np.ndarray) -> None:
+    if len(samples):
+        write(tmp_path / "a.wav", samples, 16_000)
+        assert list(antiphon.transcribe(tmp_path / "a.wav")) == []
+    else:
+        assert Blocks(6).finish()[0].end == 0
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 6, 13])
+def test_streaming_real_speech_equals_the_offline_pass(recognizer: Recognizer, lookahead: int) -> None:
+    pcm = read(CLIP)[: 16_000 * 8]
+    blocks = Blocks(lookahead)
+    state = {name: spec.new(5) for name, spec in recognizer.state_spec().items()}
+    slots, active = torch.tensor([0, 4, 4, 4]), torch.tensor([True, False, False, False])
+    heard: list[int] = []
+    with torch.inference_mode():
+        for block in [*blocks.push(pcm), *blocks.finish()]:
+            rows = torch.zeros(4, len(block.pcm))
+            rows[0] = torch.from_numpy(block.pcm)
+            end = torch.tensor([block.end, UNKNOWN, UNKNOWN, UNKNOWN])
+            out = recognizer.step({"pcm": rows, "end": end}, state, slots, active)
+            heard += out["tokens"][0, : out["count"][0]].tolist()
+        mel, length = recognizer.mel(torch.from_numpy(pcm)[None], torch.tensor([len(pcm)]))
+        frames, count = recognizer.asr.encoder(mel, length, lookahead)
+        fresh = {name: spec.new(2) for name, spec in recognizer.head.state_spec().items()}
+        valid = torch.arange(frames.shape[1])[None] < count[:, None]
+        tokens, _, number = recognizer.head.decode(frames, valid, fresh, torch.tensor([0]), torch.tensor([True]))
+    assert heard == tokens[0, : number[0]].tolist()
+    assert len(heard) > 20
+
+
+def test_what_ships_is_small_and_has_a_card() -> None:
+    assert len(embedded()) == 1
+    folder = EMBEDDED / embedded()[0]
+    assert (folder / "model.safetensors").stat().st_size < 40e6
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\nlanguage: en\n---\n")
+    for part in ("## Training data", "## Recipe", "## Word error rates", "lookahead 480 ms", "pocketsphinx"):
+        assert part in card
+    assert "/tmp" not in card
