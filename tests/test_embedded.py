@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import jiwer
@@ -42,7 +43,7 @@ def test_words_lie_where_they_are_said() -> None:
     finals = [c for c in antiphon.transcribe(CLIP) if isinstance(c, antiphon.Final)]
     words = [word for final in finals for word in final.words]
     assert all(word.start < word.end <= 24.7 for word in words)
-    assert all(before.start <= after.start for before, after in zip(words, words[1:], strict=False))
+    assert all(before.start <= after.start for before, after in pairwise(words))
     # "It was the best of times" is spoken in the first three seconds.
     assert [word.text for word in words[:6]] == ["it", "was", "the", "best", "of", "times"]
     assert 0.2 < words[0].start < 1.5
