@@ -186,8 +186,8 @@ class Transformers:
             num_decoder_layers=decoder.layers,
             max_symbols_per_step=decoder.max_symbols,
         )
-        # Any: the package's annotations differ from version to version.
-        self.model: Any = NemotronAsrStreamingForRNNT(config)
+        make: Any = NemotronAsrStreamingForRNNT  # its annotations differ from version to version
+        self.model = make(config)
         self.model.load_state_dict(dict(weights))
         self.model.to(device, dtype).eval()
         self.model.generation_config.decoder_start_token_id = decoder.blank
