@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +34,12 @@ def machine() -> dict[str, Any]:
         found["gpu"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = torch.version.cuda
     return found
+
+
+def command_line(module: str, arguments: Sequence[str]) -> str:
+    """How a module was started: paths by their last part, so that nobody's folders show."""
+    short = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
+    return shlex.join(["python", "-m", module, *short])
 
 
 def write_result(name: str, command: str, numbers: dict[str, Any], folder: Path = RESULTS) -> Path:

@@ -8,7 +8,6 @@ RUN is the folder that ``asr.py`` wrote, MODEL the checkpoint's folder. The figu
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ import typer
 from ...models.conformer.checkpoint import save
 from ...models.conformer.config import ASRConfig, ConformerConfig, TransducerConfig
 from ...models.conformer.tokenizer import Source, Tokenizer
+from ..bench.common import command_line
 from .data import Clip
 
 AVERAGED = "averaged.pt"
@@ -82,12 +82,6 @@ def export(
     save(model, config, weights, Tokenizer(Source("tokenizer.model", tokenizer.read_bytes())), card)
 
 
-def command(arguments: Sequence[str]) -> str:
-    """The command line as anyone would type it: paths by their last part."""
-    short = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments[1:]]
-    return shlex.join(["antiphon", "train", "asr", *short])
-
-
 def write_card(
     name: str,
     parameters: int,
@@ -129,7 +123,7 @@ def write_card(
         "",
         "## Recipe",
         "",
-        f"`{command(run['command'])}`, seed {run['seed']}, {run['steps']} steps. Settings:",
+        f"`{command_line('antiphon.apps.train.asr', run['command'][1:])}`, seed {run['seed']}, {run['steps']} steps. Settings:",
         "",
         "```json",
         json.dumps(run["recipe"], indent=1),
@@ -168,7 +162,9 @@ def main(
     prompts: Annotated[str, typer.Option(help="What the synthetic speech reads, for the card.")] = "",
 ) -> None:
     """Write a checkpoint and its card."""
-    export(run, tokenizer, model, json.loads(figures.read_text(encoding="utf-8")) if figures else None, prompts)
+    export(
+        run, tokenizer, model, json.loads(figures.read_text(encoding="utf-8"))["numbers"] if figures else None, prompts
+    )
 
 
 if __name__ == "__main__":

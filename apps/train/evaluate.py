@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from ...models.conformer.checkpoint import load
 from ...models.conformer.ctc import CTCHead
 from ...models.conformer.encoder import ConformerEncoder
 from ...models.conformer.transducer import Transducer
+from ..bench.common import command_line, write_result
 from .data import RATE, Shard, open_data
 from .text import scored
 
@@ -210,7 +211,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Where the figures go, as JSON.")],
     hold_out: Annotated[list[str] | None, typer.Option(help="Use these speakers only, where a set has them.")] = None,
     clips: Annotated[int, typer.Option(help="Most clips of a set.")] = 100,
-    whisper: Annotated[Path | None, typer.Option(help="CTranslate2 whisper to compare with.")] = None,
+    whisper: Annotated[Path | None, typer.Option(help="CTranslate2 whisper-tiny.en to compare with.")] = None,
     pocketsphinx: Annotated[bool, typer.Option(help="Compare with pocketsphinx.")] = False,
     work: Annotated[Path, typer.Option(help="Where data folders are packed.")] = Path("runs/evaluate"),
     seed: Annotated[int, typer.Option(help="Chooses the clips.")] = 0,
@@ -220,7 +221,8 @@ def main(
     tests: dict[str, Test] = {}
     for shard in open_data(test, work):
         speakers = held_out & {clip.speaker for clip in shard.clips}
-        tests |= choose_tests([shard], speakers, clips, seed)
+        chosen = choose_tests([shard], speakers, clips, seed)
+        tests |= {f"{name}, held-out speakers" if speakers else name: test for name, test in chosen.items()}
     figures: dict[str, Any] = {
         "clips": {name: len(chosen) for name, chosen in tests.items()},
         "seconds": {name: round(sum(s.clips[i].seconds for s, i in chosen), 1) for name, chosen in tests.items()},
@@ -229,14 +231,13 @@ def main(
     }
     judges: dict[str, Callable[[NDArray[np.int16]], str]] = {}
     if whisper:
-        judges["whisper (faster-whisper, greedy, whole clips)"] = whisper_judge(whisper)
+        judges["whisper-tiny.en (faster-whisper int8, greedy, whole clips)"] = whisper_judge(whisper)
     if pocketsphinx:
         judges["pocketsphinx en-us"] = pocketsphinx_judge()
     figures["others"] = {
         who: {name: judge(hear, chosen) for name, chosen in tests.items()} for who, hear in judges.items()
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_result(out.stem, command_line("antiphon.apps.train.evaluate", sys.argv[1:]), figures, out.parent)
 
 
 if __name__ == "__main__":
