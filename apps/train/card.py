@@ -123,7 +123,8 @@ def write_card(
         "",
         "## Recipe",
         "",
-        f"`{command_line('antiphon.apps.train.asr', run['command'][1:])}`, seed {run['seed']}, {run['steps']} steps. Settings:",
+        f"`{command_line('antiphon.apps.train.asr', run['command'][1:])}`, seed {run['seed']}, "
+        f"{run['steps']} steps. Settings:",
         "",
         "```json",
         json.dumps(run["recipe"], indent=1),
