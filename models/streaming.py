@@ -64,6 +64,9 @@ class StreamingModel(nn.Module, ABC):
     def input_spec(self, variant: Hashable) -> Specs:
         """Name -> one row's input tensor. ``reset`` is what padding rows hold."""
 
+    def prepare(self) -> None:
+        """Called by the engine once the weights are final and in place, before the first step: tables, packed weights."""
+
     @abstractmethod
     def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """Advance ``B`` sessions by one chunk.

@@ -82,6 +82,9 @@ class Recognizer(StreamingModel):
     def tick(self, variant: Hashable) -> float:
         return (_lookahead(variant) + 1) * FRAME_SECONDS
 
+    def prepare(self) -> None:
+        self.asr.prepare()
+
     def state_spec(self) -> Specs:
         parts = (self.mel.state_spec(), self.asr.encoder.state_spec(), self.head.state_spec())
         spec = {name: tensor for part in parts for name, tensor in part.items()}

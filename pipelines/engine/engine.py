@@ -97,6 +97,7 @@ class Engine:
         sizes = tuple(sorted(set(buckets))) if buckets is not None else default_buckets(max(slots, EXACT_ROWS))
         exact = self.device.type == "cpu" if exact is None else exact
         model.to(self.device).eval()
+        model.prepare()
         host = partial(
             self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact
         )  # fmt: skip

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from antiphon.codecs.audio_file import AudioError, write
 from antiphon.codecs.mel import LogMel, MelConfig
 from antiphon.models.conformer.checkpoint import load
+from antiphon.models.layers.packing import HAS_ONEDNN, Packable
 from antiphon.pipelines.captions import Final
 from antiphon.pipelines.chunk import Audio, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
@@ -218,6 +219,15 @@ def test_what_does_not_fit_is_named(checkpoint: Path, recognizer: Recognizer, tm
         Recognizer(recognizer.asr, "lstm")
     with Transcriber(checkpoint) as transcriber, pytest.raises(AudioError, match=r"missing\.wav"):
         list(transcriber.transcribe(tmp_path / "missing.wav"))
+
+
+def test_the_engine_steps_packed_weights(checkpoint: Path) -> None:
+    recognizer = Recognizer(load(checkpoint))
+    with Engine(inline=True) as engine:
+        engine.add("asr", recognizer, slots=1, variants=[1])
+        layers = [layer for layer in recognizer.modules() if isinstance(layer, Packable)]
+        assert layers
+        assert all((layer.packed is not None) == HAS_ONEDNN for layer in layers)
 
 
 def test_ctc_streams_too(checkpoint: Path) -> None:

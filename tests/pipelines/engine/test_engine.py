@@ -476,3 +476,20 @@ def test_an_engine_whose_device_cannot_be_set_up_says_why(monkeypatch: pytest.Mo
         with pytest.raises(RuntimeError, match="no such device"):
             Engine(inline=inline)
     assert threading.active_count() == before
+
+
+def test_a_model_is_prepared_once_it_is_in_place() -> None:
+    class Prepared(Toy):
+        moves = 0
+        prepared_after = -1
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            self.moves += 1
+            return super()._apply(fn, recurse)
+
+        def prepare(self) -> None:
+            self.prepared_after = self.moves
+
+    model = Prepared()
+    Engine(inline=True).add("toy", model, slots=1, variants=(1,))
+    assert model.prepared_after == model.moves > 0
