@@ -65,7 +65,7 @@ class StreamingModel(nn.Module, ABC):
         """Name -> one row's input tensor. ``reset`` is what padding rows hold."""
 
     def prepare(self) -> None:
-        """Called by the engine once the weights are final and in place, before the first step: tables, packed weights."""
+        """Make tables, packed weights and the like. The engine calls it once the weights are final and in place."""
 
     @abstractmethod
     def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
