@@ -12,10 +12,10 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/.installed-$(EXTRAS): $(VENV)/.installed
+$(VENV)/.installed-$(EXTRAS): $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 

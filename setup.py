@@ -1,6 +1,6 @@
 """The repository root is the package ``antiphon``: map every folder with an ``__init__.py`` below it."""
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_py import build_py
 
 
@@ -11,9 +11,10 @@ class BuildPackage(build_py):
         return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
 
 
-folders = find_packages(exclude=["tests", "tests.*", "build", "build.*"])
+code = find_packages(exclude=["tests", "tests.*", "build", "build.*"])
+data = find_namespace_packages(include=["apps.samples", "models.weights"])
 setup(
     package_dir={"antiphon": "."},
-    packages=["antiphon", *(f"antiphon.{name}" for name in folders)],
+    packages=["antiphon", *(f"antiphon.{name}" for name in (*code, *data))],
     cmdclass={"build_py": BuildPackage},
 )
