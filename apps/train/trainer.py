@@ -37,8 +37,8 @@ CHECKPOINT = "checkpoint.pt"
 class Recipe:
     """Everything that decides the result, besides data and seed. ``..._at`` are steps, ``..._until`` shares of them.
 
-    A loss must not join before the encoder is ready for it: CTC before the features tell phones apart, or RNN-T before
-    CTC has begun to spell, and the encoder falls back to a constant from which it does not return.
+    The losses join one after the other: CTC once the features tell phones apart, RNN-T once CTC has begun to spell. In
+    a run where both joined in the first 200 steps the encoder had learned nothing after 2,000.
     """
 
     steps: int = 4_000
