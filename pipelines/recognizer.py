@@ -23,11 +23,10 @@ from ..models.conformer.model import ConformerASR
 from ..models.streaming import Specs, State, StreamingModel, TensorSpec
 from .captions import Vocabulary
 
-SAMPLE_RATE = 16_000
-MEL_SAMPLES = 160  # one mel frame
-FRAME_SAMPLES = 8 * MEL_SAMPLES  # one encoder frame
+_MEL = MelConfig()  # number of mels aside, what every checkpoint hears with
+SAMPLE_RATE = _MEL.sample_rate
+FRAME_SAMPLES = _MEL.block(0)  # one encoder frame
 FRAME_SECONDS = FRAME_SAMPLES / SAMPLE_RATE
-LEAD = 1080  # zeros before sample 0: 7 mel frames that do not exist, less the window's half that looks ahead
 
 
 class Recognizer(StreamingModel):
@@ -93,9 +92,8 @@ class Recognizer(StreamingModel):
         return spec
 
     def input_spec(self, variant: Hashable) -> Specs:
-        samples = (_lookahead(variant) + 1) * FRAME_SAMPLES
         spec = {
-            "pcm": TensorSpec((samples,)),
+            "pcm": TensorSpec((_MEL.block(_lookahead(variant)),)),
             "end": TensorSpec((), torch.int64, UNKNOWN),
         }
         if self.asr.prompt is not None:
@@ -142,8 +140,8 @@ class Blocks:
         self.lookahead = lookahead
         self.samples = 0
         self._sent_frames = 0
-        self._pending = [np.zeros(LEAD, np.float32)]
-        self._size = LEAD
+        self._size = _MEL.lead_samples
+        self._pending = [np.zeros(self._size, np.float32)]
 
     def push(self, pcm: NDArray[np.float32]) -> list[Block]:
         """Take mono 16 kHz samples of any length; returns the blocks they complete."""
@@ -163,7 +161,7 @@ class Blocks:
 
     def finish(self) -> list[Block]:
         """The blocks that flush the utterance: the samples left over and zeros, with its end marked."""
-        total = encoder_frames(self.samples // MEL_SAMPLES)
+        total = encoder_frames(self.samples // _MEL.hop)
         joined = np.concatenate(self._pending)
         blocks = []
         while self._sent_frames < total:
@@ -177,4 +175,4 @@ class Blocks:
 
     @property
     def _want(self) -> int:
-        return (self.lookahead + 1) * FRAME_SAMPLES
+        return _MEL.block(self.lookahead)

@@ -29,13 +29,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from ...codecs.mel import LogMel, MelConfig
+from ...codecs.mel import UNKNOWN, LogMel, MelConfig
 from ...models.conformer.config import ASRConfig, ConformerConfig, TransducerConfig
 from ...models.conformer.model import ConformerASR
 from ...models.conformer.names import HF, nemo_layout, to_layout
 from ...models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ...pipelines.engine import Engine
-from ...pipelines.recognizer import Blocks, Recognizer
+from ...pipelines.recognizer import FRAME_SAMPLES, Blocks, Recognizer
 from .common import RESULTS, write_result
 from .load import run_load
 from .references import NeMo, Transformers, synchronize
@@ -66,13 +66,13 @@ SHAPES = {
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> ConformerASR:
-    """A recogniser with random weights and pinned emission."""
+    """A recogniser with random weights and pinned emission, for the engine to prepare."""
     torch.manual_seed(seed)
     words = shape.decoder.vocabulary
     config = ASRConfig(shape.encoder, words, shape.decoder, mel=mel_settings(shape.encoder.mels))
     asr = ConformerASR(config, numbered(words))
     pin_emission(asr, EMITTING)
-    return asr.to(device, dtype).prepare()
+    return asr.to(device, dtype)
 
 
 def mel_settings(mels: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def pin_emission(asr: ConformerASR, share: float) -> None:
     transducer = asr.transducer
     assert transducer is not None
     rows, count = 4, 60
-    pcm = torch.randn(rows, count * 1280) * NOISE
+    pcm = torch.randn(rows, count * FRAME_SAMPLES) * NOISE
     mel, lengths = LogMel(MelConfig.from_nemo(asr.mel))(pcm, torch.full((rows,), pcm.shape[1]))
     asr.prepare()
     frames, _ = asr.encoder(mel, lengths, 0)
@@ -181,7 +181,7 @@ def bench_steps(
                 theirs.append(reference(shape.encoder, shape.decoder, weights, lookahead, device, dtype))
         for rows in batches:
             frames = (lookahead + 1) * (chunks + 1)
-            pcm = torch.randn(rows, frames * 1280, generator=generator) * NOISE
+            pcm = torch.randn(rows, frames * FRAME_SAMPLES, generator=generator) * NOISE
             mel, _ = mel_of(pcm, torch.full((rows,), pcm.shape[1]))
             ours = Ours(asr, lookahead, rows, device)
             seconds: dict[str, list[float]] = {}
@@ -252,9 +252,9 @@ def bench_capacity(
     asr = build(SHAPES[name], device, dtype)
     recognizer = Recognizer(asr, "rnnt")
     period = recognizer.tick(lookahead)
-    samples = 1280 * (lookahead + 1)
+    samples = FRAME_SAMPLES * (lookahead + 1)
     pool = np.random.default_rng(0).standard_normal((64, samples), dtype=np.float32) * np.float32(NOISE)
-    end = np.int64(1 << 40)
+    end = np.int64(UNKNOWN)
 
     def make(session: int, chunk: int) -> dict[str, Any]:
         return {"pcm": pool[(session * 7 + chunk) % len(pool)], "end": end}

@@ -99,7 +99,7 @@ def transcribe(
     order = sorted(range(len(clips)), key=lambda index: len(clips[index]))
     texts = {name: [""] * len(clips) for name in heads}
     while order:
-        rows = max(1, int(seconds * 16_000 / max(1, len(clips[order[-1]]))))
+        rows = max(1, int(seconds * RATE / max(1, len(clips[order[-1]]))))
         order, chosen = order[:-rows], order[-rows:]
         sizes = torch.tensor([len(clips[index]) for index in chosen])
         audio = torch.zeros(len(chosen), int(sizes.max()))
