@@ -193,9 +193,8 @@ class Edge:
         try:
             await writer
         except asyncio.CancelledError:
-            if writer.cancelled():
-                self._writers.remove(writer)
-            else:
+            # A cancelled writer that is still queued is skipped when its turn comes; one that was woken passes it on.
+            if not writer.cancelled():
                 self._wake_writer()
             raise
 

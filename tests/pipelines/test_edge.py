@@ -231,3 +231,17 @@ def test_nothing_is_lost_uncounted_and_bounds_always_hold(
         assert stats.media_ms <= ms or stats.depth == 1
         assert offered == waiting + len(out) + stats.depth + stats.dropped
         assert out == sorted(out)
+
+
+def test_a_producer_cancelled_while_it_waits_ends_as_cancelled_even_if_the_consumer_goes_first() -> None:
+    async def main() -> None:
+        full = edge(items=1)
+        await full.put(audio(0))
+        waiting = asyncio.create_task(full.put(audio(1)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        full.abandon()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    run_virtual(main())
