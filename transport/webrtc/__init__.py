@@ -1,0 +1,1 @@
+"""WebRTC (aiortc): peers, and our own audio paths under them."""
