@@ -67,6 +67,53 @@ def transcribe(
 
 
 @app.command()
+def listen(
+    device: Annotated[
+        str | None, typer.Option(help="Microphone, by number or part of its name; see antiphon mic --list.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
+    lookahead: Annotated[float | None, typer.Option(help="Milliseconds the model may hear ahead: 0, 80, ...")] = None,
+    format: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = Format.text,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File for the captions.")] = None,
+    language: Annotated[str | None, typer.Option(help="For models with a choice of language, such as en-US.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Keep the sound too: .flac, .wav, .opus, .mp3.")] = None,
+    echo_cancel: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Take out what this device hears: the monitor of your loudspeaker."),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="End after so long; else Ctrl-C ends it.")] = None,
+    compute: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Caption the microphone, live. Ctrl-C ends it."""
+    from .listen import run
+
+    run(
+        device=device,
+        model=model,
+        lookahead=lookahead,
+        format=format.value,
+        output=output,
+        language=language,
+        record=record,
+        echo_of=echo_cancel,
+        seconds=seconds,
+        compute=compute,
+    )
+
+
+@app.command()
+def mic(
+    list_devices: Annotated[bool, typer.Option("--list", "-l", help="List the sound devices.")] = False,
+    device: Annotated[str | None, typer.Option(help="Microphone to test, by number or part of its name.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to test it.")] = 5.0,
+) -> None:
+    """Test a microphone's level, or list the sound devices."""
+    from .mic import run
+
+    run(list_devices=list_devices, device=device, seconds=seconds)
+
+
+@app.command()
 def models() -> None:
     """List the models: embedded, on this computer, and known by name."""
     from .models import run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -44,3 +46,29 @@ def warnings_as_lines(wanted: type[Warning]) -> Iterator[None]:
         warnings.simplefilter("always", wanted)
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What C libraries print on standard error by themselves goes nowhere; what Python writes there still does."""
+    try:
+        number = sys.stderr.fileno()
+    except io.UnsupportedOperation:
+        yield
+        return
+    before = sys.stderr
+    before.flush()
+    kept = os.dup(number)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        with open(kept, "w", buffering=1, encoding=before.encoding, errors="backslashreplace", closefd=False) as ours:
+            sys.stderr = ours
+            os.dup2(nowhere, number)
+            try:
+                yield
+            finally:
+                os.dup2(kept, number)
+                sys.stderr = before
+    finally:
+        os.close(nowhere)
+        os.close(kept)

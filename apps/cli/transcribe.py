@@ -56,7 +56,7 @@ def run(
     """See ``antiphon transcribe --help``. Raises CommandError, after captioning what can be captioned."""
     if realtime and STDIN in files:
         raise CommandError("standard input cannot be played at its own pace: save it to a file, or omit --realtime")
-    _check(device)
+    check_device(device)
     outputs = Outputs(files, format, output, in_turn=realtime)
     recordings = _readable(files)
     console = stderr()
@@ -84,7 +84,7 @@ def run(
         raise CommandError(f"{failed} of {len(files)} files could not be read")
 
 
-def _check(device: str | None) -> None:
+def check_device(device: str | None) -> None:
     """Raises CommandError for a device that does not exist here."""
     kind, _, index = (device or "cpu").partition(":")
     if kind == "cuda" and (index or "0").isdecimal():

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes.util import find_library
 from importlib.util import find_spec
@@ -77,7 +77,9 @@ class Pulse:
         self._wait_until_up(folder / "log")
         # Without a listener a null sink sleeps, and takes up to two seconds to wake.
         for source in ("voice", "speaker.monitor"):
-            self._listeners.append(self.start("parec", f"--device={source}", "--latency-msec=10", "--raw"))
+            listening = ("parec", f"--device={source}", "--latency-msec=10", str(folder / f"{source}.wav"))
+            self._listeners.append(self.start(*listening))
+        _wait(lambda: all(_size(folder / f"{source}.wav") > 1000 for source in ("voice", "speaker.monitor")))
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         """A program that sees only this daemon's devices; its output is thrown away."""
@@ -106,18 +108,23 @@ class Pulse:
 
     def _wait_until_up(self, log: Path) -> None:
         """Until the last module is loaded."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and self._daemon.poll() is None:
+
+
+        def up() -> bool:
             shown = subprocess.run(
                 ["pactl", "list", "short", "sources"],
                 env={**os.environ, **self.environment}, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            if "\tvoice\t" in shown.stdout:
-                return
-            time.sleep(0.02)
-        self._daemon.kill()
-        self._daemon.wait()
-        raise RuntimeError(f"pulseaudio did not start: {log.read_text() if log.exists() else 'no log'}")
+            return "\tvoice\t" in shown.stdout or self._daemon.poll() is not None
+
+        try:
+            _wait(up)
+            if self._daemon.poll() is not None:
+                raise RuntimeError("pulseaudio has ended")
+        except RuntimeError as error:
+            self._daemon.kill()
+            self._daemon.wait()
+            raise RuntimeError(f"{error}: {log.read_text() if log.exists() else 'no log'}") from error
 
 
 @contextmanager
@@ -137,6 +144,18 @@ def pulse(folder: Path) -> Iterator[Pulse]:
             else:
                 os.environ[name] = value
         _look_again()
+
+
+def _wait(until: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not until():
+        if time.monotonic() > deadline:
+            raise RuntimeError("pulseaudio does not start")
+        time.sleep(0.02)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _look_again() -> None:
