@@ -91,28 +91,23 @@ def samples_48k(payload: bytes) -> int:
 
 
 def first_frame(payload: bytes) -> int:
-    """Where a packet's first compressed frame begins (RFC 6716 section 3.2); past the end where there is none."""
-    code = payload[0] & 3
-    if code == 0:
+    """Where a packet's first compressed frame begins (RFC 6716 section 3.2); past the end where it is empty."""
+    code, nothing = payload[0] & 3, len(payload)
+    if code < 2:
         return 1
-    if code == 1:
-        return 1 if len(payload) > 1 else len(payload)
-    at = 1
-    frames = 2
+    at, varying = 1, True
     if code == 3:
         if len(payload) < 2:
-            return len(payload)
-        frames = payload[1] & 63
-        at = 2
+            return nothing
+        at, varying = 2, bool(payload[1] & 0x80)
         if payload[1] & 0x40:  # padding: its length takes a byte for every 254
             while at < len(payload) and payload[at] == 255:
                 at += 1
             at += 1
-        if not payload[1] & 0x80:  # constant bit rate: no lengths
-            return at
-    for _ in range(frames - 1):
-        if at >= len(payload):
-            return len(payload)
+    lengths = (1 if code == 2 else (payload[1] & 63) - 1) if varying else 0
+    for index in range(lengths):
+        if at >= len(payload) or (index == 0 and payload[at] == 0):
+            return nothing
         at += 1 if payload[at] < 252 else 2
     return at
 

@@ -139,6 +139,7 @@ class PlayoutBuffer:
         self._end = 0
         self._behind = 0.0  # seconds that what was played last is behind the sender, on the scale of transits
         self._held = 0  # samples made up while nothing had come: their place may still be taken
+        self._made = 0  # samples concealed in a row
         self._resting = False  # the sender sends nothing, or nothing has come for long
         self._skip = False  # packets that had to be played next are gone
         self._packet = self.rate // 50
@@ -172,9 +173,9 @@ class PlayoutBuffer:
         self._stray = None
         if self._newest is None or sequence > self._newest[0]:
             self._newest = sequence, timestamp
-        self._transits.add(transit)
         frame = self._media(SAMPLES_48K[payload[0] >> 3])
-        self._insert(_Packet(self._media(timestamp), sequence, count, frame, payload))
+        if self._insert(_Packet(self._media(timestamp), sequence, count, frame, payload)):
+            self._transits.add(transit)
 
     def restart(self) -> None:
         """Another stream begins: forget this one. What was decoded is still played."""
@@ -199,18 +200,19 @@ class PlayoutBuffer:
             return False
         return abs(sequence - self._newest[0]) > JUMP_PACKETS or abs(transit - self._transits.median) > JUMP
 
-    def _insert(self, packet: _Packet) -> None:
+    def _insert(self, packet: _Packet) -> bool:
+        """Let a packet wait for its turn, or count it as late or duplicate; False if it has been here before."""
         if self._started and packet.position + self._step <= self._end - self._held:
             if packet.sequence in self._missing:
                 self._missing.discard(packet.sequence)
                 self._stats.lost -= 1
                 self._stats.late += 1
-            else:
-                self._stats.duplicate += 1
-            return
+                return True
+            self._stats.duplicate += 1
+            return False
         if any(packet.sequence == other.sequence or packet.position == other.position for other in self._packets):
             self._stats.duplicate += 1
-            return
+            return False
         insort(self._packets, packet)
         last = self._packets[-1]
         while len(self._packets) > 1 and (
@@ -220,6 +222,7 @@ class PlayoutBuffer:
             self._last = self._packets.pop(0).sequence
             self._stats.overflowed += 1
             self._skip = True
+        return True
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
@@ -260,6 +263,11 @@ class PlayoutBuffer:
     def waiting(self) -> int:
         """Packets that wait to be decoded."""
         return len(self._packets)
+
+    @property
+    def ready(self) -> int:
+        """Samples that wait to be played."""
+        return len(self._samples)
 
     def _target(self) -> float:
         """How far behind the sender to play, in seconds on the scale of transits."""
@@ -321,7 +329,7 @@ class PlayoutBuffer:
         self._last, self._packet = packet.sequence, packet.count
         if carries_fec(packet.payload):
             self._copied = packet.sequence
-        self._end, self._held, self._skip = packet.position + packet.count, 0, False
+        self._end, self._held, self._made, self._skip = packet.position + packet.count, 0, 0, False
         self._resting = kind is Kind.SILENCE
         self._append(samples, kind)
 
@@ -331,6 +339,9 @@ class PlayoutBuffer:
 
     def _bridge(self, packet: _Packet, lacking: int) -> None:
         """Fill the gap before a packet: its predecessors are lost."""
+        if self._made >= OUTAGE * self.rate:
+            self._rest(lacking)
+            return
         gap = packet.position - self._end
         gap -= gap % self._step
         copied = packet.frame if carries_fec(packet.payload) else 0
@@ -348,7 +359,7 @@ class PlayoutBuffer:
 
     def _wait(self, lacking: int) -> None:
         """Nothing is there: make something up, and leave its place open."""
-        if self._resting or self._held >= OUTAGE * self.rate:
+        if self._resting or self._made >= OUTAGE * self.rate:
             self._rest(lacking)
             return
         count = self._rounded(lacking)
@@ -364,6 +375,7 @@ class PlayoutBuffer:
 
     def _conceal(self, count: int, kind: Kind) -> None:
         self._end += count
+        self._made += count
         self._append(self._decoder.conceal(count), kind)
 
     def _rounded(self, count: int) -> int:
