@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from ...transport.echo_cancel import EchoCancel
 from ...transport.microphone import Microphone
 from .console import CommandError, quiet_libraries, stderr
 from .level import Level
+from .mic import losses
 from .outputs import Outputs
 from .transcribe import Latency, check_device
 
@@ -59,7 +61,7 @@ def run(
         recording = None if record is None else AudioWriter(record, usual_rate(microphone))
     except (DeviceError, CheckpointError, AudioError, ValueError) as error:
         raise CommandError(str(error)) from error
-    shown = _Shown(name, microphone, outputs, recording=recording, seconds=seconds)
+    shown = _Shown(name, microphone, outputs, recording, seconds, console)
     listening = sound(microphone, echo) >> _Tap(shown) >> Transcribe(lookahead=lookahead, language=language)
     with quiet_libraries(), outputs, transcriber:
         try:
@@ -115,38 +117,49 @@ class _Shown:
     outputs: Outputs
     recording: AudioWriter | None
     seconds: float | None
+    console: Console
     level: Level = field(default_factory=Level)
     latency: Latency = field(default_factory=Latency)
     heard: float = 0.0
+    rate: int = SAMPLE_RATE
     began: float = float("inf")  # clock time of the first sample
     open: tuple[Word, ...] = ()  # of the caption that may still change
     stopping: bool = False
-    lost: int = 0
+    lost: str = ""
 
     async def captions(self, session: Session) -> None:
         """Run the session until the time is up, Ctrl-C (a second one is not waited for) or an error."""
-        loop, console = asyncio.get_running_loop(), stderr()
+        loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        with Live(self, console=console, transient=True, refresh_per_second=12, auto_refresh=console.is_terminal):
-            async with session:
-                try:
+        try:
+            with Live(
+                self,
+                console=self.console,
+                transient=True,
+                auto_refresh=self.console.is_terminal,
+                refresh_per_second=12,
+                redirect_stdout=sys.stdout.isatty(),
+            ):
+                async with session:
                     async for text in session.outputs():
                         if isinstance(text, Text) and text.words:
                             self._caption(text, session.clock.now() - self.began)
-                finally:
-                    loop.remove_signal_handler(signal.SIGINT)
-                    self.lost = sum(session.counters.values())
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+            self.lost = losses(session.counters, self.rate)
 
     def more(self, chunk: Audio, now: float) -> bool:
         """Take what was heard; False when it is enough."""
         if not self.heard:
-            stderr().print(f"listening to {self.device.name}; Ctrl-C ends", style="dim")
+            self.console.print(f"listening to {self.device.name}; Ctrl-C ends", style="dim")
+        self.rate = chunk.rate
         self.began = min(self.began, now - chunk.end_seconds)
         self.heard = chunk.end_seconds
         self.level.add(chunk.samples)
         if self.recording is not None:
             self.recording.write(chunk.samples)
-        return not self.stopping and (self.seconds is None or self.heard < self.seconds)
+        self.stopping = self.stopping or (self.seconds is not None and self.heard >= self.seconds)
+        return not self.stopping
 
     def close(self) -> None:
         """Write what is not final yet, and end the output."""
@@ -157,8 +170,7 @@ class _Shown:
 
     @property
     def summary(self) -> str:
-        lost = f"; sound was lost {self.lost} times: close busy programs" if self.lost else ""
-        return f"{self.heard:.1f} s of audio; {self.latency}; {self.level.summary}{lost}"
+        return f"{self.heard:.1f} s of audio; {self.latency}; {self.level.summary}{self.lost}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.open:
@@ -178,5 +190,6 @@ class _Shown:
             self.latency.first.append(at - text.words[0].start)
         self.open = () if text.final else text.words
         if text.final:
-            self.latency.finals.append(at - text.words[-1].end)
+            if not self.stopping:
+                self.latency.finals.append(at - text.words[-1].end)
             self.outputs.add(self.name, Final(text.words, at))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,9 +17,8 @@ from ...transport.devices import Device, DeviceError, devices, find, rates
 from ...transport.microphone import Microphone
 from .console import CommandError, quiet_libraries, stderr
 from .level import Level
-from .listen import usual_rate
 
-COLUMNS = ("number", "name", "channels in", "channels out", "rates", "default")
+COLUMNS = ("number", "name", "in", "out", "kHz", "default")
 
 
 def run(*, list_devices: bool, device: str | None, seconds: float) -> None:
@@ -51,24 +51,24 @@ def _list() -> None:
 
 
 def _row(device: Device) -> tuple[str, ...]:
-    able = rates(device, "input" if device.inputs else "output")
+    able = rates(device, "input") or rates(device, "output")
     uses = [use for use, chosen in zip(("input", "output"), device.default, strict=True) if chosen]
     return (
         str(device.index),
         device.name,
         str(device.inputs),
         str(device.outputs),
-        " ".join(map(str, able)),
+        " ".join(f"{rate / 1000:g}" for rate in able),
         " ".join(uses),
     )
 
 
 async def _test(device: Device, seconds: float) -> None:
     """Show the level for a while, and a line on it."""
-    level, console = Level(), stderr()
+    level, console, rate = Level(), stderr(), device.rate
     console.print(f"listening to {device.name} for {seconds:g} s", style="dim")
     with Live(console=console, transient=True, auto_refresh=False) as live:
-        async with Microphone(device=device.index, rate=usual_rate(device)).session() as session:
+        async with Microphone(device=device.index, rate=rate).session() as session:
             async for chunk in session.outputs():
                 assert isinstance(chunk, Audio)
                 level.add(chunk.samples)
@@ -76,5 +76,13 @@ async def _test(device: Device, seconds: float) -> None:
                     live.update(level.bar(), refresh=True)
                 if chunk.end_seconds >= seconds:
                     break
-            lost = sum(session.counters.values())
-    print(level.summary + (f"; sound was lost {lost} times" if lost else ""))
+            lost = losses(session.counters, rate)
+    print(level.summary + lost)
+
+
+def losses(counters: Mapping[str, int], rate: int) -> str:
+    """What to add to a closing line where sound was lost: for a microphone at ``rate`` hertz."""
+    overruns, dropped = counters.get("microphone.xruns", 0), counters.get("microphone.dropped", 0)
+    if not overruns and not dropped:
+        return ""
+    return f"; the computer was too busy: {overruns} overruns, {dropped / rate:.2f} s of sound dropped"

@@ -164,8 +164,10 @@ class Latency:
     def __str__(self) -> str:
         if not self.first:
             return "no speech found"
-        first, final = statistics.median(self.first), statistics.median(self.finals)
-        return f"first partial {first:.2f} s after its word began, final {final:.2f} s after its last word"
+        first = f"first partial {statistics.median(self.first):.2f} s after its word began"
+        if not self.finals:
+            return first
+        return f"{first}, final {statistics.median(self.finals):.2f} s after its last word"
 
 
 async def _live(recordings: list[Recording], outputs: Outputs, transcriber: Transcriber, stage: Transcribe) -> str:

@@ -25,8 +25,8 @@ MOUTH_RATE, SPEAKER_RATE = 16000, 24000
 
 _DEVICES = {"virtual_microphone": "voice", "virtual_speaker": "speaker", "virtual_ear": "speaker.monitor"}
 _MODULES = (
-    "module-null-sink sink_name=mouth rate=16000 channels=1 format=s16le",
-    "module-null-sink sink_name=speaker rate=24000 channels=1 format=s16le",
+    "module-null-sink sink_name=mouth rate=16000 channels=1 format=s16le norewinds=1",
+    "module-null-sink sink_name=speaker rate=24000 channels=1 format=s16le norewinds=1",
     "module-remap-source source_name=voice master=mouth.monitor",
 )
 
@@ -75,7 +75,7 @@ class Pulse:
             env={**os.environ, **self.environment},
         )  # fmt: skip
         self._wait_until_up(folder / "log")
-        # Without a listener a null sink sleeps, and takes up to two seconds to wake.
+        # A null sink that nobody listens to works in large blocks.
         for source in ("voice", "speaker.monitor"):
             listening = ("parec", f"--device={source}", "--latency-msec=10", str(folder / f"{source}.wav"))
             self._listeners.append(self.start(*listening))
@@ -108,7 +108,6 @@ class Pulse:
 
     def _wait_until_up(self, log: Path) -> None:
         """Until the last module is loaded."""
-
 
         def up() -> bool:
             shown = subprocess.run(
