@@ -12,7 +12,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-COLOURS = {"antiphon": "#0f766e", "nemo_toolkit": "#d97706", "transformers": "#6d28d9"}
+COLOURS = {"antiphon": "#0f766e", "nemo_toolkit": "#d97706", "transformers": "#6d28d9", "aiortc": "#d97706"}
 GREY = "#6b7280"
 
 
@@ -67,3 +67,39 @@ def _capacity(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -
     axis.set_xlabel("sessions in real time")
     axis.set_ylabel("latency in ms: p99, dotted p50")
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def plot_transport_loss(path: Path) -> Path:
+    """Share of the timeline and delay by loss, and the delay around one lost packet, beside stock aiortc."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    figure, (shares, delays, course) = pyplot.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+    for name, label in {"antiphon": "Antiphon", "aiortc": "aiortc"}.items():
+        for jitter, style in ((0, "o-"), (60, "s:")):
+            rows = [row for row in numbers["rows"] if row["path"] == name and row["jitter_ms"] == jitter]
+            losses = [100 * row["loss"] for row in rows]
+            jittery = f", 0-{jitter} ms jitter" if jitter else ""
+            for axis, key, scale in ((shares, "covered", 100), (delays, "delay_ms_p50", 1)):
+                heights = [scale * row[key] for row in rows]
+                axis.plot(losses, heights, style, color=COLOURS[name], label=label + jittery)
+            if name == "antiphon" and not jitter:
+                decoded = [100 * row["from_packets"] for row in rows]
+                shares.plot(losses, decoded, "--", color=COLOURS[name], label=f"{label}, not concealed")
+        times = numbers["recovery"][name]["packet"]["course"]
+        course.plot(*zip(*times, strict=True), "o-", markersize=3, color=COLOURS[name])
+    shares.set_ylabel("% of the timeline handed out")
+    delays.set_ylabel("median delay, ms above the network's")
+    for axis in (shares, delays):
+        axis.set_xlabel("% of packets lost")
+    course.axvline(8.0, color=GREY, linestyle="dotted")
+    course.set_xlabel("seconds (dotted: one packet lost)")
+    course.set_ylabel("delay, ms above the network's")
+    for axis in (shares, delays, course):
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    shares.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.suptitle("Speech over WebRTC under loss: the same packets through both receive paths")
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target
