@@ -33,14 +33,14 @@ _MODULES = (
 
 def missing() -> str:
     """What is not installed here that these tests need; empty when all is there."""
-    wanted = [
-        *(f"apt install {name}" for tool, name in (("pulseaudio", "pulseaudio"), ("paplay", "pulseaudio-utils"))
-          if shutil.which(tool) is None),
-        *(["apt install libportaudio2"] if find_library("portaudio") is None else []),
-        *(["apt install libasound2-plugins"] if not _alsa_plugin() else []),
-        *(["pip install sounddevice"] if find_spec("sounddevice") is None else []),
-    ]  # fmt: skip
-    return ", ".join(wanted)
+    there = {
+        "apt install pulseaudio": shutil.which("pulseaudio"),
+        "apt install pulseaudio-utils": shutil.which("paplay"),
+        "apt install libportaudio2": find_library("portaudio"),
+        "apt install libasound2-plugins": _alsa_plugin(),
+        "pip install sounddevice": find_spec("sounddevice"),
+    }
+    return ", ".join(remedy for remedy, found in there.items() if not found)
 
 
 def _alsa_plugin() -> bool:
@@ -74,12 +74,11 @@ class Pulse:
             ],
             env={**os.environ, **self.environment},
         )  # fmt: skip
-        self._wait_until_up(folder / "log")
-        # A null sink that nobody listens to works in large blocks.
-        for source in ("voice", "speaker.monitor"):
-            listening = ("parec", f"--device={source}", "--latency-msec=10", str(folder / f"{source}.wav"))
-            self._listeners.append(self.start(*listening))
-        _wait(lambda: all(_size(folder / f"{source}.wav") > 1000 for source in ("voice", "speaker.monitor")))
+        try:
+            self._wait_until_up(folder)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         """A program that sees only this daemon's devices; its output is thrown away."""
@@ -106,24 +105,30 @@ class Pulse:
         self._daemon.send_signal(signal.SIGTERM)
         self._daemon.wait(timeout=10)
 
-    def _wait_until_up(self, log: Path) -> None:
-        """Until the last module is loaded."""
+    def _wait_until_up(self, folder: Path) -> None:
+        """Until the last module is loaded and both sinks are listened to: else they work in large blocks."""
 
-        def up() -> bool:
+        def loaded() -> bool:
             shown = subprocess.run(
                 ["pactl", "list", "short", "sources"],
                 env={**os.environ, **self.environment}, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            return "\tvoice\t" in shown.stdout or self._daemon.poll() is not None
+            return "\tvoice\t" in shown.stdout
 
-        try:
-            _wait(up)
-            if self._daemon.poll() is not None:
-                raise RuntimeError("pulseaudio has ended")
-        except RuntimeError as error:
-            self._daemon.kill()
-            self._daemon.wait()
-            raise RuntimeError(f"{error}: {log.read_text() if log.exists() else 'no log'}") from error
+        self._wait(loaded, folder / "log")
+        recordings = {source: folder / f"{source}.wav" for source in ("voice", "speaker.monitor")}
+        for source, path in recordings.items():
+            self._listeners.append(self.start("parec", f"--device={source}", "--latency-msec=10", str(path)))
+        self._wait(
+            lambda: all(path.exists() and path.stat().st_size > 1000 for path in recordings.values()), folder / "log"
+        )
+
+    def _wait(self, until: Callable[[], bool], log: Path) -> None:
+        deadline = time.monotonic() + 10
+        while not until():
+            if time.monotonic() > deadline or self._daemon.poll() is not None:
+                raise RuntimeError(f"pulseaudio did not start: {log.read_text() if log.is_file() else 'no log'}")
+            time.sleep(0.02)
 
 
 @contextmanager
@@ -143,18 +148,6 @@ def pulse(folder: Path) -> Iterator[Pulse]:
             else:
                 os.environ[name] = value
         _look_again()
-
-
-def _wait(until: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not until():
-        if time.monotonic() > deadline:
-            raise RuntimeError("pulseaudio does not start")
-        time.sleep(0.02)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _look_again() -> None:
