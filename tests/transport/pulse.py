@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -84,10 +83,6 @@ class Pulse:
         """A program that sees only this daemon's devices; its output is thrown away."""
         return subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=subprocess.DEVNULL)
 
-    def run(self, *command: str) -> None:
-        """As ``start``, to its end."""
-        subprocess.run(command, env={**os.environ, **self.environment}, check=True, capture_output=True, timeout=30)
-
     def play(self, path: Path | str) -> subprocess.Popen[bytes]:
         """Say a file into the virtual microphone."""
         return self.start("paplay", "--device=mouth", str(path))
@@ -102,7 +97,7 @@ class Pulse:
         for listener in self._listeners:
             listener.kill()
             listener.wait()
-        self._daemon.send_signal(signal.SIGTERM)
+        self._daemon.terminate()
         self._daemon.wait(timeout=10)
 
     def _wait_until_up(self, folder: Path) -> None:

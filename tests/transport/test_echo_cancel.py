@@ -14,8 +14,12 @@ from antiphon.codecs import audio_file
 from antiphon.codecs.resample import resample
 from antiphon.pipelines.chunk import Audio
 from antiphon.pipelines.clock import run_virtual
-from antiphon.pipelines.stage import Context, Stage, StageError
+from antiphon.pipelines.edge import Link
+from antiphon.pipelines.stage import Context, Input, Stage, StageError
 from antiphon.transport.echo_cancel import Alignment, EchoCancel
+from antiphon.transport.microphone import Microphone, Speaker
+
+from .fake_portaudio import FakePortAudio, entry
 
 pytest.importorskip("pywebrtc_audio", reason="needs echo cancellation: pip install pywebrtc-audio")
 
@@ -142,6 +146,56 @@ def test_a_lost_piece_of_the_reference_costs_only_itself(voice: np.ndarray) -> N
     left, counted, _ = cleaned(Live(near), Live(voice, chunk_ms=10, gone=(4.0, 4.2)))
     assert erle(near, left) >= 25
     assert 0 < counted["echo_cancel.unreferenced"] <= 0.25 * RATE
+
+
+class Reply(Stage):
+    """Says ``samples``, as much at a time as it hears."""
+
+    name = "reply"
+
+    def __init__(self, samples: np.ndarray) -> None:
+        self.samples = samples
+
+    async def run(self, ctx: Context, audio: Input) -> AsyncIterator[Audio]:
+        async for chunk in audio:
+            yield Audio(samples=self.samples[chunk.start : chunk.end], rate=RATE, start=chunk.start)
+
+
+def test_the_speaker_is_the_reference(monkeypatch: pytest.MonkeyPatch, voice: np.ndarray) -> None:
+    """A dialogue that only ever hears itself: microphone, canceller, reply, speaker, and back to the canceller."""
+    devices = FakePortAudio(entry("Microphone", 1, 0), entry("Speaker", 0, 1))
+    monkeypatch.setitem(sys.modules, "sounddevice", devices)
+    left: list[np.ndarray] = []
+    echo: list[np.ndarray] = []
+
+    class Keep(Stage):
+        name = "keep"
+
+        async def run(self, ctx: Context, audio: Input) -> None:
+            async for chunk in audio:
+                assert isinstance(chunk, Audio)
+                left.append(chunk.samples)
+
+    async def talk() -> dict[str, int]:
+        clean, speaker = EchoCancel(), Speaker(rate=RATE, reference=True)
+        graph = Microphone() >> clean["audio"] | clean >> (reply := Reply(voice), Keep()) | reply >> speaker["audio"]
+        graph |= speaker["played"] >> Link(feedback=True, policy="drop_oldest") >> clean["reference"]
+        async with graph.session() as session:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            microphone, loudspeaker = sorted(devices.streams, key=lambda stream: stream.device)
+            air = [np.zeros(160, np.float32)] * 6  # 60 ms
+            for _ in range(len(voice) // 320):
+                air += [loudspeaker.take(), loudspeaker.take()]
+                heard = 0.5 * np.concatenate([air.pop(0), air.pop(0)])
+                echo.append(heard)
+                microphone.hear(heard)
+                await asyncio.sleep(0.02)
+            return dict(session.counters)
+
+    counted = run_virtual(talk())
+    assert counted.get("echo_cancel.unreferenced", 0) <= 0.04 * RATE
+    assert erle(np.concatenate(echo), np.concatenate(left)) >= 25
 
 
 def test_alignment_takes_the_promptest_and_follows_drift() -> None:
