@@ -39,6 +39,7 @@ START_MARGIN, START_PACKETS = 0.04, 50  # seconds more while fewer packets than 
 SLACK = (-0.005, 0.01)  # seconds from the target that are left alone
 HASTE = 0.04  # seconds from the target beyond which every frame may be stretched, not one in three
 LIKENESS = 0.9  # of a splice near the target; less is asked for farther away
+HUSH, LOUDNESS_KEPT = 0.1, 0.995  # pauses: below this share of the loudness, which falls by this factor a frame
 OUTAGE = 0.12  # seconds of concealment after which there is silence
 JUMP = 2.0  # seconds that a timestamp may be out of step with its arrival, or it belongs to another stream
 JUMP_PACKETS = 1000  # likewise for sequence numbers
@@ -122,6 +123,7 @@ class PlayoutBuffer:
         self._samples: Samples = np.zeros(0, np.float32)
         self._runs: deque[tuple[Kind, int]] = deque()  # what self._samples are, in order
         self._position = 0
+        self._loudness = 0.0  # root mean square of the loudest frame, falling
         self._unspliced = 0  # samples played since the last splice
         self._stray: int | None = None
         self._forget()
@@ -133,7 +135,8 @@ class PlayoutBuffer:
         self._started = False
         self._newest: tuple[int, int] | None = None  # sequence number and timestamp, unwrapped
         self._last = -1  # sequence number of the last packet decoded
-        self._missing: set[int] = set()
+        self._missing: set[int] = set()  # sequence numbers counted as lost
+        self._tardy: set[int] = set()  # those after the last decoded that came too late
         self._gaps: deque[int] = deque(maxlen=2)  # sequence numbers after the last two losses
         self._copied = -FEC_MEMORY  # sequence number of the last packet that carried a copy (FEC)
         self._end = 0
@@ -141,7 +144,6 @@ class PlayoutBuffer:
         self._held = 0  # samples made up while nothing had come: their place may still be taken
         self._made = 0  # samples concealed in a row
         self._resting = False  # the sender sends nothing, or nothing has come for long
-        self._skip = False  # packets that had to be played next are gone
         self._packet = self.rate // 50
 
     # -- in ----------------------------------------------------------------------------------------------------------
@@ -208,6 +210,10 @@ class PlayoutBuffer:
                 self._stats.lost -= 1
                 self._stats.late += 1
                 return True
+            if packet.sequence > self._last and packet.sequence not in self._tardy:
+                self._tardy.add(packet.sequence)
+                self._stats.late += 1
+                return True
             self._stats.duplicate += 1
             return False
         if any(packet.sequence == other.sequence or packet.position == other.position for other in self._packets):
@@ -221,7 +227,6 @@ class PlayoutBuffer:
         ):
             self._last = self._packets.pop(0).sequence
             self._stats.overflowed += 1
-            self._skip = True
         return True
 
     # -- out ---------------------------------------------------------------------------------------------------------
@@ -242,6 +247,7 @@ class PlayoutBuffer:
             kind = Kind.STRETCHED
         position = self._position
         self._position += self.frame
+        self._loudness = max(_loudness(samples), LOUDNESS_KEPT * self._loudness)
         return Played(samples, position, kind)
 
     @property
@@ -292,8 +298,6 @@ class PlayoutBuffer:
                 self._started, self._end, self._last = True, packet.position, packet.sequence - 1
             if packet is None:
                 self._wait(lacking)
-            elif self._skip:
-                self._join(packet)
             elif self._resting or (packet.position - self._end >= self._step and packet.sequence - 1 == self._last):
                 if self._due(packet, now):
                     self._join(packet)
@@ -309,10 +313,12 @@ class PlayoutBuffer:
     def _decode(self, packet: _Packet, tail: Samples | None = None) -> None:
         """Play a packet next; ``tail`` is what would have followed instead."""
         del self._packets[0]
-        if (missing := packet.sequence - self._last - 1) > 0:
-            self._stats.lost += missing
+        if packet.sequence - self._last > 1:
+            missing = {*range(self._last + 1, packet.sequence)} - self._tardy
+            self._tardy.clear()
+            self._stats.lost += len(missing)
             self._gaps.append(packet.sequence)
-            self._missing.update(range(packet.sequence - missing, packet.sequence))
+            self._missing |= missing
             if len(self._missing) > _MISSING_KEPT:
                 self._missing = {number for number in self._missing if packet.sequence - number <= JUMP_PACKETS // 4}
         kind = Kind.SILENCE if len(packet.payload) <= DTX_BYTES else Kind.DECODED
@@ -329,13 +335,16 @@ class PlayoutBuffer:
         self._last, self._packet = packet.sequence, packet.count
         if carries_fec(packet.payload):
             self._copied = packet.sequence
-        self._end, self._held, self._made, self._skip = packet.position + packet.count, 0, 0, False
+        self._end, self._held, self._made = packet.position + packet.count, 0, 0
         self._resting = kind is Kind.SILENCE
         self._append(samples, kind)
 
     def _join(self, packet: _Packet) -> None:
-        """Play a packet that does not follow what was played: fade over."""
-        self._decode(packet, self._decoder.conceal(4 * self._step)[: self._overlap])
+        """Play a packet that does not follow what was played: fade from what was made up and not played yet."""
+        tail = self._withdraw(min(self._held, len(self._samples)))
+        if len(tail) < self._overlap:
+            tail = np.concatenate([tail, self._decoder.conceal(4 * self._step)])
+        self._decode(packet, tail[: self._overlap])
 
     def _bridge(self, packet: _Packet, lacking: int) -> None:
         """Fill the gap before a packet: its predecessors are lost."""
@@ -362,7 +371,7 @@ class PlayoutBuffer:
         if self._resting or self._made >= OUTAGE * self.rate:
             self._rest(lacking)
             return
-        count = self._rounded(lacking)
+        count = max(self._rounded(lacking), min(self._packet, 8 * self._step))  # whole packets sound best
         self._conceal(count, Kind.CONCEALED)
         self._held += count
 
@@ -379,8 +388,8 @@ class PlayoutBuffer:
         self._append(self._decoder.conceal(count), kind)
 
     def _rounded(self, count: int) -> int:
-        """Up to what Opus can fill; never more than a packet at a time."""
-        return min(-(-count // self._step) * self._step, 8 * self._step)
+        """Up to 10 or 20 ms: of less, SILK makes 10 ms and keeps the rest, and what follows would be out of step."""
+        return min(-(-count // (4 * self._step)), 2) * 4 * self._step
 
     # -- time-scaling and accounts -----------------------------------------------------------------------------------
 
@@ -392,13 +401,14 @@ class PlayoutBuffer:
             return False
         least = self.frame + self._longest_lag if away > 0 else self._needed
         while len(self._samples) < least:  # only what is there anyway: making something up would defeat the purpose
-            if not self._packets or abs(self._packets[0].position - self._end) >= self._step or self._skip:
+            if not self._packets or abs(self._packets[0].position - self._end) >= self._step:
                 break
             self._decode(self._packets[0])
         if len(self._samples) < max(least, self._needed):
             return False
         splice = timescale.find_splice(self._samples, self.rate)
-        if splice.likeness < LIKENESS - 8 * (abs(away) - SLACK[1]):
+        pausing = _loudness(self._samples[: self._needed]) < HUSH * self._loudness
+        if not pausing and splice.likeness < LIKENESS - 8 * (abs(away) - SLACK[1]):
             return False
         if away > 0:
             self._samples = timescale.shorten(self._samples, splice)
@@ -420,6 +430,18 @@ class PlayoutBuffer:
         name = kind.name.lower()
         setattr(self._stats, name, getattr(self._stats, name) + count)
 
+    def _withdraw(self, count: int) -> Samples:
+        """Take the last ``count`` samples back."""
+        kept = len(self._samples) - count
+        samples, self._samples = self._samples[kept:], self._samples[:kept]
+        while count:
+            kind, size = self._runs.pop()
+            if size > count:
+                self._runs.append((kind, size - count))
+            self._count(kind, -min(size, count))
+            count -= min(size, count)
+        return samples
+
     def _take_runs(self, count: int) -> Kind:
         """Account for samples leaving; the highest of what they are."""
         highest = Kind.SILENCE
@@ -430,3 +452,7 @@ class PlayoutBuffer:
                 self._runs.appendleft((kind, size - count))
             count -= min(size, count)
         return highest
+
+
+def _loudness(samples: Samples) -> float:
+    return float(np.sqrt(samples @ samples / len(samples)))

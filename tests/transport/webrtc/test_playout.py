@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,10 @@ def test_it_begins_careful_and_comes_nearer_by_stretching(packets: list[bytes]) 
     assert delay_at(run, 0.3) > 45
     assert delay_at(run, 4) < 30
     assert run.stats.removed == pytest.approx((delay_at(run, 0.3) - delay_at(run, 4)) * 16, abs=1)
-    assert 0 < run.kinds[Kind.STRETCHED] < 10
+    stretched = [i for i, frame in enumerate(run.frames) if frame.kind is Kind.STRETCHED]
+    near = [i for i in stretched if run.delays[i - 1] < 55]
+    assert len(near) > 1
+    assert all(later - earlier > 2 for earlier, later in pairwise(near))
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.06])
@@ -196,6 +200,74 @@ def test_pauses_of_the_sender_are_silence_and_no_loss(packets: list[bytes]) -> N
     assert abs(delay_at(run, 7) - delay_at(run, 3.9)) < 15
 
 
+def test_a_pause_shorter_than_the_delay_is_silence_too(packets: list[bytes]) -> None:
+    arrivals = [
+        (at + 0.06 * (number >= 300), sequence, timestamp + 2880 * (number >= 300), payload)
+        for number, (at, sequence, timestamp, payload) in enumerate(sent(packets))
+    ]
+    rng = random.Random(1)
+    run = Run(sorted((at + 0.15 * rng.random(), *rest) for at, *rest in arrivals), 11.9).check()
+    assert delay_at(run, 6) > 120
+    assert run.stats.lost == 0
+    assert Kind.SILENCE in {frame.kind for frame in run.frames[300:325]}
+    assert not {frame.kind for frame in run.frames[300:325]} & {Kind.CONCEALED, Kind.FEC}
+
+
+def test_a_long_loss_that_is_known_early_is_silence_too(packets: list[bytes]) -> None:
+    arrivals = [arrival for arrival in sent(packets, jitter=0.38) if not 300 <= arrival[1] - 7 < 316]
+    run = Run(arrivals, 11.9).check()
+    assert delay_at(run, 6) > 320
+    around = run.frames[310:350]
+    assert sum(frame.kind is Kind.SILENCE for frame in around) >= 5
+    assert sum(frame.kind is Kind.CONCEALED for frame in around) <= 9
+
+
+def test_the_delay_has_a_limit(packets: list[bytes]) -> None:
+    run = Run(sent(packets, jitter=0.9), 11.9).check()
+    assert run.buffer.stats.target_ms <= 400
+    assert np.median(run.delays[150:]) < 480
+
+
+def buzz(seconds: float) -> list[bytes]:
+    """A vowel-like tone of 170 Hz, encoded."""
+    at = np.arange(round(24000 * seconds)) / 24000
+    samples = sum(0.1 * np.sin(2 * np.pi * 170 * k * at) / k for k in range(1, 5)).astype(np.float32)
+    encoder = opus.encoder(24000)
+    return [encoder.encode(samples[i : i + 480]) for i in range(0, len(samples) - 479, 480)]
+
+
+def test_a_late_packet_is_joined_in_step() -> None:
+    arrivals = sent(buzz(5))
+    late = arrivals[200][0]
+    run = Run([(max(at, late + 0.025) if at >= late else at, *rest) for at, *rest in arrivals], 4.9).check()
+    at = next(i for i in range(150, 240) if run.frames[i].kind is Kind.CONCEALED)
+    near, usual = (run.samples[i * FRAME : (i + 6) * FRAME] for i in (at - 2, at - 12))
+    assert np.abs(np.diff(near, 2)).max() < 1.5 * np.abs(np.diff(usual, 2)).max()
+    levels = [np.sqrt(np.square(x.reshape(-1, 120)).mean(axis=1)) for x in (near, usual)]
+    assert levels[0].min() > 0.57 * levels[1].min()  # concealment fades
+
+
+def test_concealment_clicks_no_more_than_libopus_does() -> None:
+    packets, lost = buzz(5), (150, 180, 210)
+    run = Run([arrival for i, arrival in enumerate(sent(packets)) if i not in lost], 4.9).check()
+    assert run.stats.lost == 3
+    decoder = opus.decoder(RATE)
+    plain = [decoder.conceal(FRAME) if i in lost else decoder.decode(packet) for i, packet in enumerate(packets)]
+    ours, theirs = (np.abs(np.diff(x[100 * FRAME :], 2)).max() for x in (run.samples, np.concatenate(plain)))
+    assert ours < 1.5 * theirs
+
+
+def test_sound_that_does_not_repeat_is_left_alone_until_it_pauses() -> None:
+    rng = np.random.default_rng(0)
+    loud = (0.1 * rng.standard_normal(24000 * 5)).astype(np.float32)
+    encoder = opus.encoder(24000, bitrate=64000)
+    noise = np.concatenate([loud, 0.03 * loud])
+    packets = [encoder.encode(noise[i : i + 480]) for i in range(0, len(noise) - 479, 480)]
+    run = Run(sent(packets), 9.9).check()
+    assert delay_at(run, 4.8) > 40
+    assert delay_at(run, 9) < 35
+
+
 def test_a_muted_sender_is_concealed_briefly_then_silent(packets: list[bytes]) -> None:
     run = Run([arrival for arrival in sent(packets) if arrival[0] < 4.0], 11.9).check()
     assert run.frames[210].kind is Kind.SILENCE
@@ -203,8 +275,9 @@ def test_a_muted_sender_is_concealed_briefly_then_silent(packets: list[bytes]) -
     assert np.abs(run.samples[-RATE:]).max() < 0.01
 
 
-def test_a_timestamp_jump_is_another_stream(packets: list[bytes]) -> None:
-    first, second = sent(packets[:300]), sent(packets[300:], sequence=40000, timestamp=2**31 + 5)
+@pytest.mark.parametrize(("sequence", "timestamp"), [(40000, 777 + 300 * 960), (307, 2**31 + 5), (9, 9)])
+def test_a_jump_is_another_stream(packets: list[bytes], sequence: int, timestamp: int) -> None:
+    first, second = sent(packets[:300]), sent(packets[300:], sequence=sequence, timestamp=timestamp)
     run = Run([*first, *((at + 6.0, *rest) for at, *rest in second)], 11.9).check()
     assert run.stats.restarts == run.stats.strays == 1
     assert run.stats.lost <= 1
@@ -252,7 +325,10 @@ def test_nothing_grows_while_nobody_reads(packets: list[bytes]) -> None:
     assert buffer.stats.decoded == buffer.stats.decoded // FRAME * FRAME > 0.9 * RATE
     for sequence in range(5000):
         buffer.push(sequence, 120 * sequence, b"\x80\x01\x02", 20 + sequence * 0.0025)
-    assert buffer.waiting <= min(MOST_PACKETS, round(CAPACITY * 400))
+    assert buffer.waiting <= round(CAPACITY * 400)
+    for sequence in range(5000, 9000):  # timestamps that say less than the packets hold
+        buffer.push(sequence, 600000 + 3 * (sequence - 5000), b"\x80\x01\x02", 32.5 + sequence * 6e-5)
+    assert buffer.waiting == MOST_PACKETS
 
 
 def test_a_reader_that_paused_goes_on_with_the_newest_second(packets: list[bytes]) -> None:
