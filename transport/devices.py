@@ -102,18 +102,20 @@ def find(device: int | str | None, kind: Kind) -> Device:
     return found[0]
 
 
-def rates(device: Device, kind: Kind) -> list[int]:
-    """Which of ``RATES`` the device takes, in mono float32."""
+def takes(device: Device, kind: Kind, rate: int) -> bool:
+    """Whether the device can be opened at ``rate`` hertz, in mono float32."""
     sd = portaudio()
     check = sd.check_input_settings if kind == "input" else sd.check_output_settings
-    taken = []
-    for rate in RATES:
-        try:
-            check(device=device.index, channels=1, dtype="float32", samplerate=rate)
-        except (sd.PortAudioError, ValueError):
-            continue
-        taken.append(rate)
-    return taken
+    try:
+        check(device=device.index, channels=1, dtype="float32", samplerate=rate)
+    except (sd.PortAudioError, ValueError):
+        return False
+    return True
+
+
+def rates(device: Device, kind: Kind) -> list[int]:
+    """Which of ``RATES`` the device takes."""
+    return [rate for rate in RATES if takes(device, kind, rate)]
 
 
 @contextmanager

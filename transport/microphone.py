@@ -26,7 +26,6 @@ from ..pipelines.stage import Context, Input, Stage, stage
 from .devices import Device, device_errors, find, gone, portaudio
 
 STALL = 3.0  # seconds without a callback after which a device counts as gone; a Bluetooth headset takes two to wake
-HANDOVER = 1.0  # seconds of sound that wait for a busy event loop, before the oldest is dropped
 BLOCK = 0.01  # seconds that the speaker asks for at a time
 FADE = 0.005  # seconds in which interrupted speech fades: a cut would click
 
@@ -36,24 +35,34 @@ class Microphone(Stage):
     """What a microphone hears, as mono ``Audio`` chunks of ``chunk_ms`` milliseconds, until the session ends.
 
     device: number or part of the name; None for the default. rate: hertz, which the device must take (``rates``).
-    Media time counts the samples that the device gave. Where the consumer falls more than a second behind, the oldest
-    sound is dropped: the chunks' ``start`` jumps and ``dropped`` counts the samples. ``xruns`` counts the times that
-    sound was lost before it got here. Opens the device on the event loop, which takes some milliseconds.
+    buffer_ms: how far the consumer may fall behind. Beyond it the oldest sound is dropped: the chunks' ``start`` jumps
+    and ``dropped`` counts the samples.
+
+    Media time counts the samples that the device gave. ``xruns`` counts the times that sound was lost before it got
+    here. Opens the device on the event loop, which takes some milliseconds.
     Raises DeviceError (as the cause of the session's StageError), also where the device goes away.
     """
 
     name = "microphone"
 
-    def __init__(self, *, device: int | str | None = None, rate: int = 16000, chunk_ms: float = 20.0) -> None:
-        self.device, self.rate, self.chunk_ms = device, rate, chunk_ms
+    def __init__(
+        self,
+        *,
+        device: int | str | None = None,
+        rate: int = 16000,
+        chunk_ms: float = 20.0,
+        buffer_ms: float = 1000.0,
+    ) -> None:
+        self.device, self.rate = device, rate
         self.size = round(rate * chunk_ms / 1000)
         if self.size < 1:
             raise ValueError(f"a chunk needs at least one sample, got {chunk_ms} ms at {rate} Hz")
+        self.kept = max(2, round(buffer_ms / chunk_ms))
 
     async def run(self, ctx: Context) -> AsyncIterator[Audio]:
         """See the class."""
         device = find(self.device, "input")
-        capture = ctx.own(_Capture(device, self.rate, self.size, ctx.loop))
+        capture = ctx.own(_Capture(device, self.rate, self.size, self.kept, ctx.loop))
         position = xruns = 0
         while True:
             await capture.wait()
@@ -152,6 +161,7 @@ class _Stream:
         self.xruns = 0
         self._device, self._loop = device, loop
         self._wake = asyncio.Event()
+        self._calls = 0
         self._stopped = False
 
     def start(self, stream: Any) -> None:
@@ -165,17 +175,21 @@ class _Stream:
 
     async def wait(self) -> None:
         """Until the callback has run again. Raises DeviceError where it will not."""
-        try:
-            async with asyncio.timeout(STALL):
-                await self._wake.wait()
-        except TimeoutError:
-            raise gone(self._device, STALL) from None
+        while not self._wake.is_set():
+            before = self._calls
+            try:
+                async with asyncio.timeout(STALL):
+                    await self._wake.wait()
+            except TimeoutError:
+                if self._calls == before:  # else it was the event loop that stood still
+                    raise gone(self._device, STALL) from None
         self._wake.clear()
         if self._stopped:
             raise gone(self._device)
 
     def notify(self) -> None:
         """From the callback's thread."""
+        self._calls += 1
         self._loop.call_soon_threadsafe(self._wake.set)
 
     def stopped(self) -> None:
@@ -187,12 +201,12 @@ class _Stream:
 class _Capture(_Stream):
     """A running input stream.
 
-    blocks: ``(start, samples)``, at most ``HANDOVER`` seconds; the oldest make room, which shows in ``start``.
+    blocks: ``(start, samples)``, at most ``kept``; the oldest make room, which shows in ``start``.
     """
 
-    def __init__(self, device: Device, rate: int, size: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, device: Device, rate: int, size: int, kept: int, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(device, loop)
-        self.blocks: deque[tuple[int, Samples]] = deque(maxlen=max(2, round(HANDOVER * rate / size)))
+        self.blocks: deque[tuple[int, Samples]] = deque(maxlen=kept)
         self._position = 0
         with device_errors(device, "input", rate):
             self.start(
@@ -225,7 +239,7 @@ class _Playback(_Stream):
         super().__init__(device, ctx.loop)
         self.rate = rate
         self.done = False  # the last of the input was heard
-        self.rendered: deque[tuple[int, Samples]] = deque(maxlen=round(HANDOVER / BLOCK))
+        self.rendered: deque[tuple[int, Samples]] = deque(maxlen=round(1 / BLOCK))
         self._ctx, self._keep = ctx, keep
         self._lock = threading.Lock()
         self._queue: deque[tuple[Audio, int, Samples]] = deque()  # a chunk, and from which sample on what is left of it

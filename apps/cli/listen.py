@@ -24,7 +24,7 @@ from ...pipelines.session import Session
 from ...pipelines.stage import Context, Input, Stage, StageError
 from ...pipelines.stages.transcribe import Transcribe
 from ...pipelines.transcription import Transcriber
-from ...transport.devices import Device, DeviceError, find, rates
+from ...transport.devices import Device, DeviceError, find, takes
 from ...transport.echo_cancel import EchoCancel
 from ...transport.microphone import Microphone
 from .console import CommandError, quiet_libraries, stderr
@@ -33,7 +33,10 @@ from .mic import losses
 from .outputs import Outputs
 from .transcribe import Latency, check_device
 
+BEHIND = 20_000.0  # milliseconds that captions may fall behind on a busy computer before sound is lost
 
+
+@quiet_libraries()
 def run(
     *,
     device: str | None,
@@ -63,7 +66,7 @@ def run(
         raise CommandError(str(error)) from error
     shown = _Shown(name, microphone, outputs, recording, seconds, console)
     listening = sound(microphone, echo) >> _Tap(shown) >> Transcribe(lookahead=lookahead, language=language)
-    with quiet_libraries(), outputs, transcriber:
+    with outputs, transcriber:
         try:
             asyncio.run(shown.captions(listening.session(engine=transcriber.engine)))
         except (AudioError, EngineError) as error:
@@ -79,16 +82,16 @@ def run(
 
 def usual_rate(device: Device) -> int:
     """The recogniser's rate where the microphone has it, else the one that the microphone prefers."""
-    return SAMPLE_RATE if SAMPLE_RATE in rates(device, "input") else device.rate
+    return SAMPLE_RATE if takes(device, "input", SAMPLE_RATE) else device.rate
 
 
 def sound(microphone: Device, echo: Device | None) -> Chain:
     """The microphone, without what ``echo`` (a monitor or loopback device) says is played."""
     rate = usual_rate(microphone)
-    near = Microphone(device=microphone.index, rate=rate)
+    near = Microphone(device=microphone.index, rate=rate, buffer_ms=BEHIND)
     if echo is None:
         return near
-    return [near, Microphone(device=echo.index, rate=rate).named("reference")] >> EchoCancel()
+    return [near, Microphone(device=echo.index, rate=rate, buffer_ms=BEHIND).named("reference")] >> EchoCancel()
 
 
 class _Tap(Stage):

@@ -21,14 +21,14 @@ from .level import Level
 COLUMNS = ("number", "name", "in", "out", "kHz", "default")
 
 
+@quiet_libraries()
 def run(*, list_devices: bool, device: str | None, seconds: float) -> None:
     """See ``antiphon mic --help``. Raises CommandError."""
     try:
         if list_devices:
             _list()
         else:
-            with quiet_libraries():
-                asyncio.run(_test(find(device, "input"), seconds))
+            asyncio.run(_test(find(device, "input"), seconds))
     except DeviceError as error:
         raise CommandError(str(error)) from error
     except StageError as error:
@@ -37,8 +37,7 @@ def run(*, list_devices: bool, device: str | None, seconds: float) -> None:
 
 def _list() -> None:
     """A table on a terminal, tab-separated fields elsewhere."""
-    with quiet_libraries():
-        rows = [_row(device) for device in devices()]
+    rows = [_row(device) for device in devices()]
     if not rows:
         raise DeviceError("there are no sound devices here: connect one, or start the sound server")
     if not sys.stdout.isatty():

@@ -17,7 +17,7 @@ from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.session import Session
 from antiphon.pipelines.stage import Context, Stage, StageError
 from antiphon.transport.devices import DeviceError, find
-from antiphon.transport.microphone import HANDOVER, STALL, Microphone, Speaker
+from antiphon.transport.microphone import STALL, Microphone, Speaker
 
 from .fake_portaudio import FakePortAudio, FakeStream, entry
 
@@ -192,7 +192,7 @@ def test_media_time_counts_samples(portaudio: FakePortAudio) -> None:
 
 
 def test_a_busy_loop_loses_the_oldest_and_knows_how_much(portaudio: FakePortAudio) -> None:
-    kept = round(HANDOVER / 0.02)
+    kept = 50  # the second that waits
 
     async def work(stream: FakeStream) -> None:
         stream.hear(ramp(0, 320))
@@ -232,6 +232,26 @@ def test_a_device_that_falls_silent(portaudio: FakePortAudio) -> None:
 
     with pytest.raises(StageError, match=f"'Built-in Microphone' has given no sign of life for {STALL:g} s"):
         unplugged(work)
+
+
+def test_a_busy_loop_is_not_a_device_that_is_gone(portaudio: FakePortAudio) -> None:
+    """The loop stands still for longer than a device may: what the device gave meanwhile is there."""
+
+    async def run() -> list[int]:
+        async with Microphone().session() as session:
+            await settle()
+            loop, (stream,) = asyncio.get_running_loop(), portaudio.streams
+
+            def stand_still() -> None:
+                loop._now += STALL + 1  # type: ignore[attr-defined]
+                stream.hear(ramp(0, 320))
+
+            loop.call_later(0.5, stand_still)
+            async for chunk in session.outputs():
+                return [chunk.start]
+        return []
+
+    assert run_virtual(run()) == [0]
 
 
 # Playing.
