@@ -240,6 +240,18 @@ def test_only_audio_is_taken() -> None:
     asyncio.run(run())
 
 
+def test_a_lost_connection_ends_it_at_once() -> None:
+    async def run() -> None:
+        receiver = bare_receiver()
+        audio = attach(receiver)
+        reading = asyncio.create_task(listen(audio, 1))
+        await asyncio.sleep(0)
+        receiver._handle_disconnect()
+        assert await reading == []
+
+    run_virtual(run())
+
+
 def test_no_packet_raises_or_grows_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
         receiver = bare_receiver()
