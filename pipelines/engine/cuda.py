@@ -169,8 +169,12 @@ class CudaRunner:
                     self._step(lane, index, arguments)
             stream.synchronize()
             # Other threads may use CUDA meanwhile: only this one's calls belong to the capture.
-            with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"):
-                outputs = self._step(lane, index, arguments)
+            try:
+                with torch.cuda.graph(graph, pool=self._graphs.pool, stream=stream, capture_error_mode="thread_local"):
+                    outputs = self._step(lane, index, arguments)
+            except BaseException:
+                self._graphs.pool = torch.cuda.graph_pool_handle()  # the allocator still records into the old one
+                raise
         return _Capture(graph, outputs)
 
     def _step(self, lane: _Lane, index: int, arguments: tuple[Any, Any, Any, Any]) -> dict[str, Tensor]:
