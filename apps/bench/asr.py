@@ -65,13 +65,13 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> ConformerASR:
-    """A recogniser with random weights and pinned emission, for the engine to prepare."""
+def build(shape: Shape, lookahead: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> ConformerASR:
+    """A recogniser with random weights and emission pinned for a lookahead, for the engine to prepare."""
     torch.manual_seed(seed)
     words = shape.decoder.vocabulary
     config = ASRConfig(shape.encoder, words, shape.decoder, mel=mel_settings(shape.encoder.mels))
     asr = ConformerASR(config, numbered(words))
-    pin_emission(asr, EMITTING)
+    pin_emission(asr, EMITTING, lookahead)
     return asr.to(device, dtype)
 
 
@@ -88,7 +88,7 @@ def numbered(count: int) -> Tokenizer:
 
 
 @torch.no_grad()
-def pin_emission(asr: ConformerASR, share: float) -> None:
+def pin_emission(asr: ConformerASR, share: float, lookahead: int) -> None:
     """Make about ``share`` tokens come out of a frame of noise, by the blank's bias.
 
     Random weights hear nearly the same in every frame, and would emit in all or in none: what is heard and what was
@@ -96,11 +96,11 @@ def pin_emission(asr: ConformerASR, share: float) -> None:
     """
     transducer = asr.transducer
     assert transducer is not None
-    rows, count = 4, 60
+    rows, count = 16, 63
     pcm = torch.randn(rows, count * FRAME_SAMPLES) * NOISE
     mel, lengths = LogMel(MelConfig.from_nemo(asr.mel))(pcm, torch.full((rows,), pcm.shape[1]))
     asr.prepare()
-    frames, _ = asr.encoder(mel, lengths, 0)
+    frames, _ = asr.encoder(mel, lengths, lookahead)
     said, _ = transducer.lstm(transducer.embedding(torch.randint(transducer.blank, (rows, 30))))
     for layer, given in ((transducer.from_encoder, frames), (transducer.from_prediction, said)):
         made = layer(given).flatten(0, 1)
@@ -167,11 +167,11 @@ def bench_steps(
 ) -> list[dict[str, Any]]:
     """Median seconds a chunk, ours and the references', interleaved so that drifts of the machine meet all alike."""
     shape = SHAPES[name]
-    asr = build(shape, device, dtype)
-    state = {key: value.detach().cpu() for key, value in asr.state_dict().items()}
-    mel_of = LogMel(MelConfig.from_nemo(asr.mel))
     results = []
     for lookahead in lookaheads:
+        asr = build(shape, lookahead, device, dtype)
+        state = {key: value.detach().cpu() for key, value in asr.state_dict().items()}
+        mel_of = LogMel(MelConfig.from_nemo(asr.mel))
         period = (lookahead + 1) * 0.08
         generator = torch.Generator().manual_seed(1)
         theirs: list[NeMo | Transformers] = []
@@ -249,7 +249,7 @@ def bench_capacity(
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
     """The largest of ``counts`` (ascending) that holds; stops at the first that does not."""
-    asr = build(SHAPES[name], device, dtype)
+    asr = build(SHAPES[name], lookahead, device, dtype)
     recognizer = Recognizer(asr, "rnnt")
     period = recognizer.tick(lookahead)
     samples = FRAME_SAMPLES * (lookahead + 1)
@@ -267,7 +267,6 @@ def bench_capacity(
         ready = time.perf_counter() - began
         for count in counts:
             advance(f"{name} {period * 1e3:.0f} ms: {count} sessions for {warm + seconds:.0f} s")
-            gc.collect()
             load = asyncio.run(
                 run_load(engine, "asr", lookahead, period, count, make, seconds=seconds, warm=max(warm, 3 * period))
             )

@@ -7,6 +7,7 @@ output's arrival in the event loop, so a stalled server cannot slow the load tha
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,6 +73,8 @@ async def run_load(
     """
     leases: list[Lease] = [await engine.open(name, variant, paced=False) for _ in range(sessions)]
     load = Load(sessions, period)
+    gc.collect()
+    gc.freeze()  # a full collection over everything that was imported would stop the server for a chunk
     pending: set[asyncio.Future[Any]] = set()
     try:
         await _send(load, leases, make, pending, seconds=seconds, warm=warm, advance=advance)
@@ -79,6 +82,7 @@ async def run_load(
             await asyncio.wait(pending, timeout=5 * period + 1)
         load.failed += len(pending)
     finally:
+        gc.unfreeze()
         for lease in leases:
             lease.close()
     return load
