@@ -21,8 +21,9 @@ def plot_asr(path: Path) -> Path:
     numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
     panels = [(rows, draw) for rows, draw in ((numbers["steps"], _steps), (numbers["capacity"], _capacity)) if rows]
     pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    widths = [max(6.4, 0.7 * len(rows)) for rows, _ in panels] or [6.4]
     figure, axes = pyplot.subplots(
-        1, len(panels) or 1, figsize=(6.4 * max(1, len(panels)), 4.6), squeeze=False, layout="constrained"
+        1, len(widths), figsize=(sum(widths), 4.6), width_ratios=widths, squeeze=False, layout="constrained"
     )
     for axis, (rows, draw) in zip(axes[0], panels, strict=False):
         draw(axis, rows, numbers)
