@@ -112,7 +112,7 @@ def train(
     vocabulary: Annotated[
         int, typer.Option(help="Pieces of a new tokenizer; with the blank, a multiple of 8 is fastest.")
     ] = 511,
-    dropout: Annotated[float, typer.Option(help="In the networks.")] = 0.0,
+    dropout: Annotated[float, typer.Option(help="In the networks.")] = 0.1,
     test_clips: Annotated[int, typer.Option(help="Most clips of a test set.")] = 250,
     device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun each process takes its own GPU.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
@@ -126,8 +126,6 @@ def train(
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = True
-        # cuDNN plans a convolution anew for each shape, which takes longer than these convolutions do.
-        torch.backends.cudnn.enabled = False
     console = Console(quiet=rank > 0)
     out.mkdir(parents=True, exist_ok=True)
     held_out = set(hold_out or [])

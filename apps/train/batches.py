@@ -90,6 +90,10 @@ class Pool:
         )
         edges = np.searchsorted(np.cumsum(self.weight), np.linspace(0, self.weight.sum(), buckets + 1)[1:-1])
         self._buckets = [part for part in np.split(np.arange(len(self.clips)), edges) if len(part)]
+        # The longest clip that each clip may meet in a batch.
+        self.limit = np.zeros(len(self.clips), dtype=np.int64)
+        for part in self._buckets:
+            self.limit[part] = self.samples[part[-1]]
         mass = np.array([self.weight[bucket].sum() for bucket in self._buckets])
         self._bucket_odds = mass / mass.sum()
 
@@ -134,15 +138,15 @@ class Augmentation:
     """How speech is varied. Rates are factors; the noise stays ``snr`` decibels below the speech."""
 
     speed: tuple[float, float] = (0.88, 1.13)
-    formants: tuple[float, float] = (0.91, 1.1)
+    formants: tuple[float, float] = (0.87, 1.15)
     gain: tuple[float, float] = (-20.0, 5.0)
-    noisy: float = 0.12
+    noisy: float = 0.2
     snr: tuple[float, float] = (8.0, 30.0)
-    echoing: float = 0.1
+    echoing: float = 0.2
     frequency_masks: int = 2
-    frequency_width: int = 16
-    time_masks: int = 5
-    time_width: float = 0.04
+    frequency_width: int = 20
+    time_masks: int = 8
+    time_width: float = 0.045
 
 
 class Batcher:
@@ -166,14 +170,15 @@ class Batcher:
         device = pool.pcm.device
 
         def send(values: NDArray[np.generic]) -> Tensor:
-            tensor = torch.from_numpy(values)
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+            return _send(values, device)
 
         count = len(rows)
         rate = log_uniform(random, vary.speed, count) if vary else np.ones(count)
         samples = (pool.samples[rows] / rate).astype(np.int64)
         begin, rates, sizes = send(pool.begin[rows]), send(rate), send(samples)
-        audio = read(pool.pcm, begin, rates, int(samples.max()))
+        # One width for all batches of a bucket, so that few shapes occur.
+        width = int(pool.limit[rows].max() / (vary.speed[0] if vary else 1.0))
+        audio = read(pool.pcm, begin, rates, width)
         if vary:
             generator = torch.Generator(device).manual_seed(int(random.integers(2**62)))
             audio = self._distort(audio, sizes, vary, random, generator)
@@ -207,7 +212,7 @@ class Batcher:
         audio = torch.where(inside, audio, 0)
         echoing = np.flatnonzero(random.random(count) < vary.echoing)
         if len(echoing):
-            chosen = torch.from_numpy(echoing).to(audio.device)
+            chosen = _send(echoing, audio.device)
             audio[chosen] = echo(audio[chosen], generator)
         noisy = (uniform(0, 1) < vary.noisy).to(audio.dtype)
         noise = audio.roll(1, 0)
@@ -221,6 +226,12 @@ class Batcher:
         hiss = torch.randn(audio.shape, device=audio.device, generator=generator) * 10 ** uniform(-5, -3)
         audio = audio + noisy * (ratio * noise + hiss)
         return (audio * 10 ** (uniform(*vary.gain) / 20)).clamp(-1, 1)
+
+
+def _send(values: NDArray[np.generic], device: torch.device) -> Tensor:
+    """To the device, without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def read(pcm: Tensor, begin: Tensor, rate: Tensor, width: int) -> Tensor:

@@ -89,6 +89,32 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(pool: Pool, tmp_path: Pat
     assert int(run.skipped) == 1
 
 
+def test_a_run_that_goes_blind_goes_back_at_half_the_rate(pool: Pool, tmp_path: Path) -> None:
+    run = trainer(pool, tmp_path / "run")
+    run.run(until=8, log_every=2)
+    real = run.train_step
+
+    def step() -> dict[str, torch.Tensor]:
+        losses = real()
+        if len(calls) == 3:
+            run.flat.fill_(9.0)
+        calls.append({name: float(loss) for name, loss in losses.items()})
+        return losses
+
+    calls: list[dict[str, float]] = []
+    run.train_step = step  # type: ignore[method-assign]
+    run.run(log_every=2, save_every=1000)
+    assert run.recipe.rate == RECIPE.rate / 2
+    assert run.step == 20
+    assert len(calls) == 12 + 6  # those of the steps 9 to 14 came to nothing
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {"step": 8, "rate": RECIPE.rate / 2} in lines
+    assert calls[6]["distil"] == calls[0]["distil"]
+    again = trainer(pool, tmp_path / "run")
+    assert again.resume()
+    assert again.recipe.rate == RECIPE.rate / 2
+
+
 def test_another_recipe_does_not_resume(pool: Pool, tmp_path: Path) -> None:
     run = trainer(pool, tmp_path / "run")
     run.run(until=1)
@@ -104,7 +130,7 @@ def test_losses_join_in_order_and_the_rate_ends_at_zero() -> None:
     assert recipe.weights(900)["rnnt"] == 0
     assert recipe.weights(3999) == pytest.approx({"distil": 1.0, "ctc": 0.4, "rnnt": 1.0})
     assert recipe.learning_rate(4000) == 0
-    assert recipe.learning_rate(1000) == recipe.rate
+    assert recipe.learning_rate(700) == recipe.rate
 
 
 def test_targets_are_the_features_just_heard() -> None:
