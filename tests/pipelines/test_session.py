@@ -60,7 +60,7 @@ class FakeEngine:
 
 
 @stage(lasting=True)
-async def microphone(ctx: Context, *, chunks: int = 50) -> AsyncIterator[Audio]:
+async def talker(ctx: Context, *, chunks: int = 50) -> AsyncIterator[Audio]:
     for i in range(chunks):
         await ctx.sleep(0.02)
         yield Audio(np.full(320, i, np.float32), rate=16000, start=320 * i)
@@ -106,7 +106,7 @@ async def speaker(ctx: Context, audio: Input, *, log: Played) -> None:
 def test_an_interruption_reaches_every_edge_the_lease_and_the_sink_at_once() -> None:
     async def main() -> None:
         engine, log = FakeEngine(), Played()
-        graph = microphone() >> answer() >> Link(items=4) >> speaker(log=log)
+        graph = talker() >> answer() >> Link(items=4) >> speaker(log=log)
         async with graph.session(engine=engine) as session:
             await session.clock.sleep(0.475)
             before = session.clock.now()
@@ -125,7 +125,7 @@ def test_an_interruption_reaches_every_edge_the_lease_and_the_sink_at_once() -> 
         assert all(chunk.epoch == 1 for at, chunk in log.chunks if at >= before)
         assert any(chunk.epoch == 1 for _, chunk in log.chunks)
         heard = [chunk.samples[0] for at, chunk in log.chunks if chunk.epoch == 1]
-        assert heard[0] <= 11  # what the microphone had queued is not lost: a lasting stage's edge is not fenced
+        assert heard[0] <= 11  # what the talker had queued is not lost: a lasting stage's edge is not fenced
 
     run_virtual(main())
 
@@ -143,7 +143,7 @@ def test_nothing_of_an_older_epoch_is_emitted_after_an_interruption(
 ) -> None:
     async def main() -> None:
         engine, log, at = FakeEngine(), Played(), {}
-        graph = microphone(chunks=30) >> answer(seconds=lease_seconds)
+        graph = talker(chunks=30) >> answer(seconds=lease_seconds)
         for seconds in delays:
             graph = graph >> Link(items=items, policy=policy) >> work(seconds=seconds)
         tap = graph.nodes[-1]
@@ -184,7 +184,7 @@ def test_a_stage_that_interrupts_goes_on_in_the_new_epoch() -> None:
                 yield Event("speech_start", rate=chunk.rate, start=chunk.start)
 
     async def main() -> None:
-        async with (microphone(chunks=8) >> barge_in() >> work()).session() as session:
+        async with (talker(chunks=8) >> barge_in() >> work()).session() as session:
             events = [chunk async for chunk in session.outputs()]
             assert [(event.name, event.epoch) for event in events] == [("speech_start", 1)]
             assert session.trace.marks[0].epoch == 1
@@ -226,7 +226,7 @@ def no_tasks() -> bool:
 def test_an_exception_names_stage_and_chunk_and_frees_everything() -> None:
     async def main() -> None:
         engine = FakeEngine()
-        graph = microphone() >> answer() >> picky().named("digest") >> work(seconds=0.01)
+        graph = talker() >> answer() >> picky().named("digest") >> work(seconds=0.01)
         with pytest.raises(
             StageError, match=r"stage 'digest' failed on Audio seq 7 at 0.060 s: ValueError: cannot digest this"
         ) as caught:
@@ -244,7 +244,7 @@ def test_the_error_reaches_whoever_reads_the_outputs_after_what_came_before_it()
         seen = []
 
         async def use() -> None:
-            async with (microphone() >> picky(bad=3).named("digest")).session(engine=FakeEngine()) as session:
+            async with (talker() >> picky(bad=3).named("digest")).session(engine=FakeEngine()) as session:
                 async for chunk in session.outputs():
                     seen.append(chunk.seq)
 
@@ -261,7 +261,7 @@ def test_a_cancelled_session_leaves_no_task_and_no_lease(after: float) -> None:
         engine = FakeEngine()
 
         async def use() -> None:
-            graph = microphone() >> answer() >> (work(seconds=0.03), speaker(log=Played()))
+            graph = talker() >> answer() >> (work(seconds=0.03), speaker(log=Played()))
             async with graph.session(engine=engine) as session:
                 async for _ in session.outputs():
                     pass
@@ -280,7 +280,7 @@ def test_a_cancelled_session_leaves_no_task_and_no_lease(after: float) -> None:
 def test_leaving_the_block_early_ends_the_session() -> None:
     async def main() -> Session:
         engine = FakeEngine()
-        async with (microphone(chunks=10**6) >> answer()).session(engine=engine) as session:
+        async with (talker(chunks=10**6) >> answer()).session(engine=engine) as session:
             async for chunk in session.outputs():
                 assert chunk.seq == 0
                 break
@@ -335,7 +335,7 @@ def test_a_stale_lease_that_a_stage_does_not_expect_says_what_to_write() -> None
             yield chunk
 
     async def main() -> None:
-        async with (microphone() >> forgetful()).session(engine=FakeEngine()) as session:
+        async with (talker() >> forgetful()).session(engine=FakeEngine()) as session:
             await session.clock.sleep(0.1)
             session.interrupt()
             await session.clock.sleep(1)
@@ -370,7 +370,7 @@ def test_a_helper_task_ends_with_the_session_and_its_failure_ends_it() -> None:
 
 def test_a_stage_that_needs_an_engine_says_so() -> None:
     with pytest.raises(StageError, match=r"stage 'picky' needs an engine: pass one"):
-        run_virtual((microphone() >> picky()).session().run())
+        run_virtual((talker() >> picky()).session().run())
 
 
 def test_a_stage_that_yields_something_else_says_so() -> None:
@@ -384,13 +384,13 @@ def test_a_stage_that_yields_something_else_says_so() -> None:
 
 def test_the_trace_times_each_chunk_through_each_stage_and_is_bounded() -> None:
     async def main() -> None:
-        session = (microphone(chunks=30) >> work(seconds=0.01) >> work()).session(trace=12)
+        session = (talker(chunks=30) >> work(seconds=0.01) >> work()).session(trace=12)
         await session.run()
         spans = session.trace.spans
         assert [span.seq for span in spans if span.stage == "work"] == list(range(18, 30))
         assert len(spans) == 3 * 12
         assert spans == sorted(spans, key=lambda span: span.emitted)
-        assert {span.stage for span in spans} == {"microphone", "work", "work-2"}
+        assert {span.stage for span in spans} == {"talker", "work", "work-2"}
         assert {round(span.latency, 6) for span in spans if span.stage == "work"} == {0.01}
         assert "<svg" in session.trace.draw()
 
