@@ -91,7 +91,7 @@ class Played:
 
 
 @stage
-async def speaker(ctx: Context, audio: Input, *, log: Played) -> None:
+async def loudspeaker(ctx: Context, audio: Input, *, log: Played) -> None:
     async for chunk in audio:
         began = ctx.now
         log.chunks.append((began, chunk))
@@ -106,7 +106,7 @@ async def speaker(ctx: Context, audio: Input, *, log: Played) -> None:
 def test_an_interruption_reaches_every_edge_the_lease_and_the_sink_at_once() -> None:
     async def main() -> None:
         engine, log = FakeEngine(), Played()
-        graph = talker() >> answer() >> Link(items=4) >> speaker(log=log)
+        graph = talker() >> answer() >> Link(items=4) >> loudspeaker(log=log)
         async with graph.session(engine=engine) as session:
             await session.clock.sleep(0.475)
             before = session.clock.now()
@@ -147,7 +147,7 @@ def test_nothing_of_an_older_epoch_is_emitted_after_an_interruption(
         for seconds in delays:
             graph = graph >> Link(items=items, policy=policy) >> work(seconds=seconds)
         tap = graph.nodes[-1]
-        graph = (graph >> speaker(log=log)) | (tap >> work())
+        graph = (graph >> loudspeaker(log=log)) | (tap >> work())
         async with graph.session(engine=engine) as session:
 
             async def interrupt() -> None:
@@ -199,7 +199,7 @@ def test_the_heard_position_is_what_was_played_when_interrupted() -> None:
             yield Audio(np.zeros(16000, np.float32), rate=16000, start=16000 * i)
 
     async def main() -> None:
-        async with (long_speech() >> speaker(log=Played())).session() as session:
+        async with (long_speech() >> loudspeaker(log=Played())).session() as session:
             await session.clock.sleep(1.25)
             assert session.heard.seconds == 1.0
             session.interrupt()
@@ -261,7 +261,7 @@ def test_a_cancelled_session_leaves_no_task_and_no_lease(after: float) -> None:
         engine = FakeEngine()
 
         async def use() -> None:
-            graph = talker() >> answer() >> (work(seconds=0.03), speaker(log=Played()))
+            graph = talker() >> answer() >> (work(seconds=0.03), loudspeaker(log=Played()))
             async with graph.session(engine=engine) as session:
                 async for _ in session.outputs():
                     pass
