@@ -33,6 +33,9 @@ from .teacher import targets
 CHECKPOINT = "checkpoint.pt"
 HEALTHY, LOST = 1.15, 1.3  # mean distillation loss over its lowest so far: fit to save, and beyond recovery
 
+Hear = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
+"""Log-mel ``[B, T, F]``, lengths ``[B]`` and a lookahead to what ``Student.hear`` returns."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -159,9 +162,6 @@ class Student(nn.Module):
             )
             result["ctc"] = (each * counted).sum() / tokens
         return result
-
-
-Hear = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class GraphedHearing:
