@@ -134,9 +134,14 @@ class Graph(Chain):
 
     @cached_property
     def open_outputs(self) -> tuple[Port, ...]:
-        """Output ports that nothing takes: the session's outputs."""
+        """Output ports that nothing takes, optional ones aside: the session's outputs."""
         taken = {(c.source.stage, c.source.name) for c in self.connections}
-        return tuple(Port(node, name) for node in self.nodes for name in node.outputs if (node, name) not in taken)
+        return tuple(
+            Port(node, name)
+            for node in self.nodes
+            for name in node.outputs
+            if (node, name) not in taken and name not in node.optional
+        )
 
     def validate(self) -> None:
         """Raise GraphError for an unfinished ``>>``, an unconnected input, or a cycle without a feedback edge."""
@@ -147,7 +152,7 @@ class Graph(Chain):
         fed = {(c.target.stage, c.target.name) for c in self.connections}
         for node in self.nodes:
             for name in node.inputs:
-                if (node, name) not in fed:
+                if (node, name) not in fed and name not in node.optional:
                     raise GraphError(
                         f"stage {self.names[node]!r}, input {name!r}: nothing feeds it; connect an output to it "
                         f'(source >> stage["{name}"]), or an Inlet() to feed it from outside'

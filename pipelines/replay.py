@@ -172,6 +172,7 @@ class Played(Stage):
 
     def __init__(self, name: str, original: Stage, chunks: dict[str, list[Recorded]]) -> None:
         self.name, self.outputs, self.lasting = name, original.outputs, original.lasting
+        self.optional = original.optional
         self._chunks = sorted(
             (
                 (recorded.at, order, port, recorded.chunk)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .chunk import UNSET, Chunk, Stale
+from .chunk import UNSET, Audio, Chunk, Stale
 from .clock import Clock, running_clock
 from .edge import Edge, EdgeStats, Link
 from .graph import Connection, Graph, GraphError, Port, did_you_mean
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .replay import Recorder
 
 _set = object.__setattr__
+
+_HEARD_WITHIN = 0.02  # seconds: a reply is heard to its end when less than a packet of it is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Session:
         self._inputs: dict[Stage, tuple[Input, ...]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._resources = AsyncExitStack()
+        self._voices: list[Outlet] = []  # where replies leave the graph
         self._fenced: list[Any] = []
         self._sleepers: dict[asyncio.Future[None], int] = {}
         self._loops: list[tuple[set[Stage], list[Edge], list[Edge]]] = []
@@ -152,6 +155,21 @@ class Session:
                 self._outlets[node]["out"].close()
                 self._contexts[node].finished.set()
         self.settle()
+
+    @property
+    def playing(self) -> bool:
+        """Whether a reply of this epoch is on its way to the listener: begun, and not yet finished and heard to its end.
+
+        A reply is audio that a stage which is not lasting puts out of the graph or into a sink; its last chunk is
+        ``final``. What was heard is what the sinks report.
+        """
+        heard = self.heard.seconds if self.heard is not None and self.heard.epoch == self.epoch else float("-inf")
+        for outlet in self._voices:
+            last = outlet.last
+            if isinstance(last, Audio) and last.epoch == self.epoch:
+                if not last.final or last.end_seconds > heard + _HEARD_WITHIN:
+                    return True
+        return False
 
     def interrupt(self) -> int:
         """Start a new epoch and return it: everything older is dropped now, on every edge, lease and sink."""
@@ -239,6 +257,8 @@ class Session:
             if self._recorder is not None and not node.inputs:
                 for name, out in self._outlets[node].items():
                     out.recorder = self._recorder.source(names[node], name)
+            if not node.lasting:
+                self._voices += [out for name, out in self._outlets[node].items() if self._leads_out(node, name)]
         for stages in self.graph.loops():
             inner = [c for c in self.graph.connections if c.target.stage in stages]
             entries = [self.edges[c] for c in inner if c.source.stage not in stages]
@@ -255,7 +275,16 @@ class Session:
 
     def _arriving(self, node: Stage, name: str) -> tuple[Edge, ...]:
         targets = [c for c in self.graph.connections if c.target.stage is node and c.target.name == name]
+        if not targets:  # an optional input: an edge that ended before it began
+            nothing = Edge(name, Link(), self.clock.now)
+            nothing.close()
+            return (nothing,)
         return tuple(self.edges[c] for c in targets)
+
+    def _leads_out(self, node: Stage, name: str) -> bool:
+        """Whether an output port's chunks leave the graph or end in a sink."""
+        taking = [c.target.stage for c in self.graph.connections if c.source.stage is node and c.source.name == name]
+        return not all(stage.outputs for stage in taking) if taking else name not in node.optional
 
     def _start(self, context: Context, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work, name=f"stage {context.name} of session {self.id}")
@@ -319,11 +348,12 @@ class Session:
 class Outlet:
     """One output port of a running stage: stamps what it emits and puts it on every edge of the port."""
 
-    __slots__ = ("_edge", "_now", "_record", "_seq", "_source", "context", "edges", "recorder", "unwanted")
+    __slots__ = ("_edge", "_now", "_record", "_seq", "_source", "context", "edges", "last", "recorder", "unwanted")
 
     def __init__(self, context: Context, edges: tuple[Edge, ...]) -> None:
         self.context, self.edges = context, edges
         self.recorder: Callable[[Chunk], None] | None = None
+        self.last: Chunk | None = None  # emitted last
         self._edge = edges[0] if len(edges) == 1 else None
         self.unwanted = False  # every consumer has finished
         self._now = context.clock.now
@@ -344,6 +374,7 @@ class Outlet:
         if chunk.seq == UNSET:
             _set(chunk, "seq", self._seq)
             self._seq += 1
+        self.last = chunk
         self._record(chunk, size, context.taken_at, now)
         if self.recorder is not None:
             self.recorder(chunk)

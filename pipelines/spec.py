@@ -142,10 +142,11 @@ class _Reader:
         ports = getattr(stages[name], side)
         if port:
             return Port(stages[name], port)
-        if len(ports) != 1:
+        needed = [one for one in ports if one not in stages[name].optional]
+        if len(needed) != 1:
             listed = ", ".join(ports) or "none"
             raise GraphError(f"stage {name!r} has {len(ports)} {side} ({listed}): name one, as {name}.PORT")
-        return Port(stages[name], ports[0])
+        return Port(stages[name], needed[0])
 
     def entries(
         self, node: yaml.Node, what: str, known: tuple[str, ...] | list[str] | None = None

@@ -43,11 +43,16 @@ REGISTRY: dict[str, type[Stage]] = {}
 
 
 class Stage(Chain):
-    """One node of a graph: a name, ports, and ``run(ctx, *inputs)``. Subclass it, or decorate a function."""
+    """One node of a graph: a name, ports, and ``run(ctx, *inputs)``. Subclass it, or decorate a function.
+
+    optional: ports that may stay unconnected. Such an input has ended from the start; what is put to such an output is
+    dropped. ``>>`` joins the others; name an optional port to join it.
+    """
 
     name: str = ""
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     lasting: bool = False
     parameters: ClassVar[inspect.Signature] = inspect.Signature()
 
@@ -80,8 +85,9 @@ class Stage(Chain):
         return Port(self, port)
 
     def _graph(self) -> Graph:
-        heads = tuple(Port(self, name) for name in self.inputs)
-        return Graph((self,), (), heads, tuple(Port(self, name) for name in self.outputs))
+        heads = tuple(Port(self, name) for name in self.inputs if name not in self.optional)
+        tails = tuple(Port(self, name) for name in self.outputs if name not in self.optional)
+        return Graph((self,), (), heads, tails)
 
     def __repr__(self) -> str:
         return f"<stage {self.name}>"
@@ -93,21 +99,32 @@ def stage(body: C) -> C: ...
 def stage(body: Callable[..., Any]) -> type[Stage]: ...
 @overload
 def stage(
-    *, name: str | None = None, outputs: Sequence[str] | None = None, lasting: bool = False
+    *,
+    name: str | None = None,
+    outputs: Sequence[str] | None = None,
+    optional: Sequence[str] | None = None,
+    lasting: bool = False,
 ) -> Callable[[Any], type[Stage]]: ...
 def stage(
-    body: Any = None, *, name: str | None = None, outputs: Sequence[str] | None = None, lasting: bool = False
+    body: Any = None,
+    *,
+    name: str | None = None,
+    outputs: Sequence[str] | None = None,
+    optional: Sequence[str] | None = None,
+    lasting: bool = False,
 ) -> Any:
     """Make a stage of an async function, and register it (or a ``Stage`` class) under its name for YAML graphs.
 
     Raises TypeError for a body that is neither, and ValueError for a name that another stage has.
     """
     if body is None:
-        return lambda body: _declare(body, name, outputs, lasting)
-    return _declare(body, name, outputs, lasting)
+        return lambda body: _declare(body, name, outputs, optional, lasting)
+    return _declare(body, name, outputs, optional, lasting)
 
 
-def _declare(body: Any, name: str | None, outputs: Sequence[str] | None, lasting: bool) -> type[Stage]:
+def _declare(
+    body: Any, name: str | None, outputs: Sequence[str] | None, optional: Sequence[str] | None, lasting: bool
+) -> type[Stage]:
     if inspect.isclass(body) and issubclass(body, Stage):
         made = body
         made.lasting = lasting or made.lasting
@@ -119,6 +136,10 @@ def _declare(body: Any, name: str | None, outputs: Sequence[str] | None, lasting
     made.name = name or made.name
     if outputs is not None:
         made.outputs = tuple(outputs)
+    if optional is not None:
+        made.optional = tuple(optional)
+    if unknown := [name for name in made.optional if name not in (*made.inputs, *made.outputs)]:
+        raise ValueError(f"stage {made.name!r}: optional port {unknown[0]!r} is none of its ports")
     known = REGISTRY.get(made.name)
     if known is not None and (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
         raise ValueError(
@@ -237,6 +258,11 @@ class Context:
     def heard(self) -> Heard | None:
         """The media position that a sink last reported as played: cut a dialogue's memory to it."""
         return self.session.heard
+
+    @property
+    def playing(self) -> bool:
+        """Whether a reply of this epoch is under way to the listener: see ``Session.playing``."""
+        return self.session.playing
 
     async def open(self, model: str, **options: Any) -> Any:
         """A lease of a slot of the engine's ``model``, closed with the session and fenced unless lasting."""
