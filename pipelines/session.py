@@ -158,7 +158,7 @@ class Session:
 
     @property
     def playing(self) -> bool:
-        """Whether a reply of this epoch is on its way to the listener: begun, and not yet finished and heard to its end.
+        """Whether a reply of this epoch is on its way to the listener: begun, and not yet heard to its end.
 
         A reply is audio that a stage which is not lasting puts out of the graph or into a sink; its last chunk is
         ``final``. What was heard is what the sinks report.
@@ -166,9 +166,10 @@ class Session:
         heard = self.heard.seconds if self.heard is not None and self.heard.epoch == self.epoch else float("-inf")
         for outlet in self._voices:
             last = outlet.last
-            if isinstance(last, Audio) and last.epoch == self.epoch:
-                if not last.final or last.end_seconds > heard + _HEARD_WITHIN:
-                    return True
+            if not isinstance(last, Audio) or last.epoch != self.epoch:
+                continue
+            if not last.final or last.end_seconds > heard + _HEARD_WITHIN:
+                return True
         return False
 
     def interrupt(self) -> int:
