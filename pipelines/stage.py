@@ -140,6 +140,8 @@ def _declare(
         made.optional = tuple(optional)
     if unknown := [name for name in made.optional if name not in (*made.inputs, *made.outputs)]:
         raise ValueError(f"stage {made.name!r}: optional port {unknown[0]!r} is none of its ports")
+    if twofold := [name for name in made.optional if name in made.inputs and name in made.outputs]:
+        raise ValueError(f"stage {made.name!r}: {twofold[0]!r} is an input and an output; optional could mean either")
     known = REGISTRY.get(made.name)
     if known is not None and (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
         raise ValueError(

@@ -89,11 +89,13 @@ def test_in_yaml_and_in_pictures() -> None:
 
 
 def test_a_name_that_is_no_port_is_refused() -> None:
-    with pytest.raises(ValueError, match="optional port 'txt'"):
+    async def wrong(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
+        yield await audio.__anext__()
 
-        @stage(name="opt_wrong", optional=("txt",))
-        async def wrong(ctx: Context, audio: Input) -> None:
-            await audio.__anext__()
+    with pytest.raises(ValueError, match="optional port 'txt'"):
+        stage(name="opt_wrong", optional=("txt",))(wrong)
+    with pytest.raises(ValueError, match="'audio' is an input and an output"):
+        stage(name="opt_wrong", outputs=("audio",), optional=("audio",))(wrong)
 
 
 def test_a_recording_replays(tmp_path: Any) -> None:
