@@ -76,5 +76,5 @@ class Engines:
             with suppress(ValueError):
                 engine.model(name)
                 return engine
-        known = sorted(name for engine in self.engines for name in engine.metrics()["models"])
+        known = sorted({name for engine in self.engines for name in engine.metrics()["models"]})
         raise ValueError(f"no model named {name!r} was added; there are {known}")
