@@ -136,7 +136,7 @@ def test_join_ends_with_its_lead_and_goes_on_without_an_ended_input() -> None:
 
 
 @stage
-class Echo(Stage):
+class Ring(Stage):
     """Counts each chunk down around a loop; emits what has gone round."""
 
     outputs = ("again", "done")
@@ -152,16 +152,16 @@ class Echo(Stage):
 
 
 def test_a_cycle_shuts_down_when_its_sources_have_ended_and_nothing_moves_any_more() -> None:
-    echo = Echo()
-    feedback = echo["again"] >> delay(seconds=0.5) >> Link(feedback=True, policy="error") >> echo["back"]
-    laps = outputs((tone(chunks=4) >> echo["fresh"]) | feedback)
+    ring = Ring()
+    feedback = ring["again"] >> delay(seconds=0.5) >> Link(feedback=True, policy="error") >> ring["back"]
+    laps = outputs((tone(chunks=4) >> ring["fresh"]) | feedback)
     assert [lap.start_seconds for lap in laps] == [0.0, 0.02, 0.04, 0.06]
 
 
 def test_a_cycle_without_a_source_that_ever_speaks_ends_too() -> None:
-    echo = Echo()
-    feedback = echo["again"] >> Link(feedback=True, policy="drop_oldest") >> echo["back"]
-    assert outputs((tone(chunks=0) >> echo["fresh"]) | feedback) == []
+    ring = Ring()
+    feedback = ring["again"] >> Link(feedback=True, policy="drop_oldest") >> ring["back"]
+    assert outputs((tone(chunks=0) >> ring["fresh"]) | feedback) == []
 
 
 def test_when_nobody_wants_more_the_stages_before_are_stopped() -> None:
