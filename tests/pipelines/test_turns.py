@@ -381,6 +381,27 @@ def test_the_turn_is_its_sound_with_what_came_before_its_onset() -> None:
     assert named(made)[-2:] == [("speech_stop", 95), ("turn_end", 95)]
 
 
+def test_two_turns_share_no_sound() -> None:
+    turns = Turns(prefix_ms=640, silence_ms=320)
+    graph = mic(windows=script((SPEECH, 10), (SILENCE, 15), (SPEECH, 10), (SILENCE, 15))) >> turns
+    made, _ = run_virtual(outputs(graph | (turns["turn"] >> Echo())))
+    sounds = [c for c in made if isinstance(c, Audio)]
+    assert sum(c.final for c in sounds) == 2
+    assert all(left.end == right.start for left, right in pairwise(sounds))  # the prefix reaches back to the first turn
+
+
+def test_what_was_known_at_one_pause_is_forgotten_at_the_next() -> None:
+    taker = TurnTaker(TurnSettings(mode="semantic"))
+    events_of(taker, script((SPEECH, 10), (SILENCE, 7)))
+    taker.finished = 1.0
+    taker.text(10 * WINDOW, final=True)
+    made = [taker.window(p, (18 + i) * WINDOW) for i, p in enumerate(script((SPEECH, 10), (SILENCE, 60)))]
+    assert taker.finished is None
+    (end,) = [event for events in made for event in events if event.name == "turn_end"]
+    assert end.data["reason"] == "silence"
+    assert end.data["waited_ms"] > 1000
+
+
 def test_the_turn_model_is_asked_at_each_pause() -> None:
     short = {}
     for loud in (0.9, 0.95):
