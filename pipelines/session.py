@@ -85,6 +85,8 @@ class Session:
         self._loops: list[tuple[set[Stage], list[Edge], list[Edge]]] = []
         self._stopping = False
         self._supervisor: asyncio.Task[None] | None = None
+        self._opening = 0  # leases that stages are waiting for
+        self._opened: asyncio.Future[None] | None = None
 
     @property
     def clock(self) -> Clock:
@@ -156,6 +158,13 @@ class Session:
                 self._contexts[node].finished.set()
         self.settle()
 
+    async def opened(self) -> None:
+        """Wait until the stages that lease places in the engine as they begin have them, or the session has ended."""
+        await asyncio.sleep(0)  # the stages' first steps
+        while self._opening and self._supervisor is not None and not self._supervisor.done():
+            self._opened = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._opened, self._supervisor), return_when=asyncio.FIRST_COMPLETED)
+
     @property
     def playing(self) -> bool:
         """Whether a reply of this epoch is on its way to the listener: begun, and not yet heard to its end.
@@ -205,6 +214,16 @@ class Session:
             self._resources.callback(resource.close)
         if fenced and hasattr(resource, "fence"):
             self._fenced.append(resource)
+
+    async def lease(self, engine: Any, model: str, options: dict[str, Any]) -> Any:
+        """See ``Context.open``."""
+        self._opening += 1
+        try:
+            return await engine.open(model, **options)
+        finally:
+            self._opening -= 1
+            if not self._opening and self._opened is not None and not self._opened.done():
+                self._opened.set_result(None)
 
     def spawn(self, context: Context, work: Coroutine[Any, Any, None]) -> None:
         """See ``Context.spawn``."""

@@ -268,7 +268,7 @@ class Context:
 
     async def open(self, model: str, **options: Any) -> Any:
         """A lease of a slot of the engine's ``model``, closed with the session and fenced unless lasting."""
-        return self.own(await self.engine.open(model, **options))
+        return self.own(await self.session.lease(self.engine, model, options))
 
     def own(self, resource: R) -> R:
         """Close ``resource`` (``aclose`` or ``close``) when the session ends, however it ends.

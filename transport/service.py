@@ -1,0 +1,161 @@
+"""The service: opens calls of one graph on one engine, up to a limit, and keeps a broken one for its client to resume.
+
+async with service.connect(options) as call:        # a new call, ended when the block is left
+    ...
+    raise ConnectionLost("...")                      # kept for ``keep`` seconds instead
+async with service.connect(resume=token) as call:    # the same call, taken over by this connection
+    async for item in call.items(after=number): ...
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ..pipelines.engine import AtCapacity
+from ..pipelines.graph import Graph
+from ..pipelines.stage import StageError
+from .call import Call, CallError
+from .tokens import Signer
+
+GraphMaker = Callable[[Mapping[str, Any]], Graph]
+
+
+class ConnectionLost(ConnectionError):
+    """The client went away without saying goodbye; it may come back."""
+
+
+class Full(CallError):
+    """No room for another call. wait: seconds until a place is expected."""
+
+    def __init__(self, reason: str, wait: float) -> None:
+        super().__init__(f"at capacity: {reason}; try again in {wait:.0f} s")
+        self.wait = wait
+
+
+class NoSuchCall(CallError):
+    """The call to resume has ended."""
+
+
+class Service:
+    """Calls of one graph.
+
+    graph: makes the graph of a call from the client's options (``language``, ``lookahead_ms``, ``endpoint_ms``, ...,
+    whichever the graph knows). keep: seconds that a call outlives its connection. max_calls: running and kept ones.
+    max_seconds: of sound in one call. name: what is served, said to clients honestly.
+    """
+
+    def __init__(
+        self,
+        graph: GraphMaker,
+        engine: Any,
+        *,
+        name: str = "",
+        max_calls: int = 64,
+        max_seconds: float = 4 * 3600.0,
+        keep: float = 30.0,
+        signer: Signer | None = None,
+    ) -> None:
+        if max_calls < 1:
+            raise ValueError(f"max_calls={max_calls}: a service has room for at least 1")
+        self.graph, self.engine, self.name = graph, engine, name
+        self.max_calls, self.max_seconds, self.keep = max_calls, max_seconds, keep
+        self.signer = signer or Signer()
+        self.calls: dict[str, Call] = {}
+        self.counts: Counter[str] = Counter()  # opened, refused, kept, resumed, expired, ended, failed
+        self.closing = False
+        self._expiry: dict[str, asyncio.TimerHandle] = {}
+        self._holders: Counter[str] = Counter()  # connections of each call; more than one while one takes over
+        self._ending: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def connect(
+        self, options: Mapping[str, Any] | None = None, *, resume: str | None = None
+    ) -> AsyncIterator[Call]:
+        """A call for one connection: new, or that of a ``resume`` token.
+
+        Leaving the block ends the call, except by ConnectionLost (raised on), which keeps it. Raises Full, NoSuchCall,
+        BadToken, and ValueError for options that the graph cannot take.
+        """
+        call = await self._open(options or {}) if resume is None else self._resume(resume)
+        self._holders[call.id] += 1
+        kept = False
+        try:
+            yield call
+        except ConnectionLost:
+            kept = True
+            raise
+        finally:
+            self._holders[call.id] -= 1
+            if not self._holders[call.id]:
+                del self._holders[call.id]
+                if kept and not call.ended and not self.closing:
+                    self.counts["kept"] += 1
+                    loop = asyncio.get_running_loop()
+                    self._expiry[call.id] = loop.call_later(self.keep, self._expire, call)
+                else:
+                    await self._end(call, "ended")
+
+    def resume_token(self, call: Call) -> str:
+        """What the client shows to come back to this call."""
+        return self.signer.issue("resume", call.id, self.max_seconds + self.keep)
+
+    async def close(self) -> None:
+        """End every call."""
+        self.closing = True
+        for call in list(self.calls.values()):
+            await self._end(call, "ended")
+        await asyncio.gather(*self._ending)
+
+    async def _open(self, options: Mapping[str, Any]) -> Call:
+        if self.closing:
+            raise Full("the server is shutting down", self.keep)
+        if len(self.calls) >= self.max_calls:
+            self.counts["refused"] += 1
+            raise Full(f"{self.max_calls} calls are running", self.keep)
+        call = Call(secrets.token_hex(8), self.graph(options), self.engine, max_seconds=self.max_seconds)
+        self.calls[call.id] = call
+        try:
+            await call.start()
+        except StageError as error:
+            del self.calls[call.id]
+            if isinstance(error.__cause__, AtCapacity):
+                self.counts["refused"] += 1
+                raise Full(str(error.__cause__), error.__cause__.expected_wait) from error
+            self.counts["failed"] += 1
+            raise
+        except BaseException:
+            del self.calls[call.id]
+            await call.close()
+            raise
+        self.counts["opened"] += 1
+        return call
+
+    def _resume(self, token: str) -> Call:
+        call = self.calls.get(self.signer.check("resume", token))
+        if call is None or call.ended:
+            raise NoSuchCall(f"the call has ended (calls are kept {self.keep:g} s): start a new one")
+        timer = self._expiry.pop(call.id, None)
+        if timer is not None:
+            timer.cancel()
+        self.counts["resumed"] += 1
+        return call
+
+    def _expire(self, call: Call) -> None:
+        self._expiry.pop(call.id, None)
+        task = asyncio.create_task(self._end(call, "expired"))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _end(self, call: Call, how: str) -> None:
+        timer = self._expiry.pop(call.id, None)
+        if timer is not None:
+            timer.cancel()
+        if self.calls.get(call.id) is call:
+            self.counts[how] += 1
+            await call.close()
+            self.calls.pop(call.id, None)
