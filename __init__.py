@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .models.conformer.checkpoint import CheckpointError as CheckpointError
+    from .models.silero import SileroVAD as SileroVAD
     from .pipelines.captions import Caption as Caption
     from .pipelines.captions import Final as Final
     from .pipelines.captions import Partial as Partial
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .pipelines.edge import Link as Link
     from .pipelines.engine import AtCapacity as AtCapacity
     from .pipelines.engine import Engine as Engine
+    from .pipelines.engine.engines import Engines as Engines
     from .pipelines.graph import Graph as Graph
     from .pipelines.join import Join as Join
     from .pipelines.recognizer import Recognizer as Recognizer
@@ -40,27 +42,45 @@ if TYPE_CHECKING:
     from .pipelines.stage import Stage as Stage
     from .pipelines.stage import StageError as StageError
     from .pipelines.stage import stage as stage
+    from .pipelines.stages.parrot import Echo as Echo
+    from .pipelines.stages.parrot import Parrot as Parrot
     from .pipelines.stages.transcribe import Transcribe as Transcribe
+    from .pipelines.stages.turns import Turns as Turns
     from .pipelines.transcription import Transcriber as Transcriber
     from .pipelines.transcription import transcribe as transcribe
+    from .transport.call import Call as Call
+    from .transport.devices import DeviceError as DeviceError
+    from .transport.echo_cancel import EchoCancel as EchoCancel
     from .transport.files import FileSink as FileSink
     from .transport.files import FileSource as FileSource
+    from .transport.microphone import Microphone as Microphone
+    from .transport.microphone import Speaker as Speaker
+    from .transport.service import Service as Service
 
 _HOMES = {
     "models.conformer.checkpoint": ("CheckpointError",),
+    "models.silero": ("SileroVAD",),
     "pipelines.captions": ("Caption", "Final", "Partial"),
     "pipelines.chunk": ("Audio", "Chunk", "Event", "Text", "Tokens", "Video", "Word"),
     "pipelines.edge": ("Link",),
     "pipelines.engine": ("AtCapacity", "Engine"),
+    "pipelines.engine.engines": ("Engines",),
     "pipelines.graph": ("Graph",),
     "pipelines.join": ("Join",),
     "pipelines.recognizer": ("Recognizer",),
     "pipelines.session": ("Session",),
     "pipelines.spec": ("load_graph",),
     "pipelines.stage": ("Context", "Inlet", "Input", "Stage", "StageError", "stage"),
+    "pipelines.stages.parrot": ("Echo", "Parrot"),
     "pipelines.stages.transcribe": ("Transcribe",),
+    "pipelines.stages.turns": ("Turns",),
     "pipelines.transcription": ("Transcriber", "transcribe"),
+    "transport.call": ("Call",),
+    "transport.devices": ("DeviceError",),
+    "transport.echo_cancel": ("EchoCancel",),
     "transport.files": ("FileSink", "FileSource"),
+    "transport.microphone": ("Microphone", "Speaker"),
+    "transport.service": ("Service",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -84,5 +104,5 @@ def _register_stages() -> None:
     """A graph in YAML may name any stage: importing a module registers its stages."""
     stages = import_module(".pipelines.stages", __name__)
     found = [f"pipelines.stages.{module.name}" for module in iter_modules(stages.__path__)]
-    for name in (*found, "pipelines.join", "transport.files"):
+    for name in (*found, "pipelines.join", "transport.files", "transport.microphone", "transport.echo_cancel"):
         import_module(f".{name}", __name__)

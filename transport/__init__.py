@@ -1,1 +1,1 @@
-"""Ways in and out: files today."""
+"""Ways in and out of a graph: files, microphone and speaker, WebRTC, and websocket protocols."""

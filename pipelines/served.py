@@ -1,0 +1,77 @@
+"""The graphs that a server offers by name. Each is made for one session, from the options its client gave.
+
+Inlets: ``audio`` and ``control``. Outputs: ``captions`` (what the client said), ``turns.events``; a graph that replies
+has ``<stage>.audio`` and the text of the reply besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from .edge import Link
+from .graph import Graph, did_you_mean
+from .stage import Inlet, Stage
+from .stages.emit import emit
+from .stages.parrot import Parrot
+from .stages.transcribe import Transcribe
+from .stages.turns import Turns
+from .turn_taking import TurnSettings
+
+OPTIONS = ("language", "lookahead_ms", "endpoint_ms", "turns")
+REPLY_RATE = 24000
+_TURN_SECONDS = 60
+
+
+def captions(options: Mapping[str, Any]) -> Graph:
+    """Live captions, with the events of turn taking.
+
+    options: ``language``; ``lookahead_ms``, one of the model's; ``endpoint_ms``, silence that ends a caption;
+    ``turns``, as the control event of that name. Raises ValueError, naming the option.
+    """
+    graph, _, _, _ = _listening(options)
+    return graph
+
+
+def parrot(options: Mapping[str, Any]) -> Graph:
+    """``captions``, and each turn said back (see ``Parrot``). The options are those of ``captions``."""
+    graph, asr, turns, control = _listening(options)
+    reply = Parrot(rate=REPLY_RATE)
+    turn = Link(items=_TURN_SECONDS * 40, ms=_TURN_SECONDS * 1000)
+    return graph | (turns["turn"] >> turn >> reply["turn"]) | (asr >> reply["text"]) | (control >> reply["control"])
+
+
+GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {"captions": captions, "parrot": parrot}
+
+
+def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"no option {name!r}{did_you_mean(name, OPTIONS)}: there are {', '.join(OPTIONS)}")
+    endpoint = _number(options, "endpoint_ms", 1000.0)
+    if endpoint <= 0:
+        raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
+    lookahead = None if options.get("lookahead_ms") is None else _number(options, "lookahead_ms", 0.0)
+    settings = TurnSettings().changed(options.get("turns") or {})
+    audio, control = Inlet().named("audio"), Inlet().named("control")
+    asr = Transcribe(lookahead=lookahead, language=options.get("language"), endpoint=endpoint / 1000)
+    turns = Turns(**{field.name: getattr(settings, field.name) for field in fields(settings) if field.name in _TURNS})
+    graph = (
+        (audio >> asr)
+        | (audio >> turns["audio"])
+        | (asr >> turns["text"])
+        | (asr >> emit().named("captions"))
+        | (control >> turns["control"])
+    )
+    return graph, asr, turns, control
+
+
+def _number(options: Mapping[str, Any], name: str, default: float) -> float:
+    try:
+        return float(options.get(name, default))
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={options[name]!r}: a number of milliseconds") from None
+
+
+_TURNS = frozenset(Turns.parameters.parameters)
