@@ -164,6 +164,7 @@ class Session:
         while self._opening and self._supervisor is not None and not self._supervisor.done():
             self._opened = asyncio.get_running_loop().create_future()
             await asyncio.wait((self._opened, self._supervisor), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.sleep(0)  # for a stage that failed on the way to have ended the session
 
     @property
     def playing(self) -> bool:

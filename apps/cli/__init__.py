@@ -114,6 +114,56 @@ def mic(
 
 
 @app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need a secret and TLS.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    graph: Annotated[str, typer.Option(help="captions, parrot, or a YAML file.")] = "captions",
+    model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+    lookahead: Annotated[
+        list[float] | None, typer.Option(help="Milliseconds that clients may choose; repeatable. All by default.")
+    ] = None,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Calls at a time; more are refused.")] = 32,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS here: a proxy in front has it.")] = False,
+    origin: Annotated[list[str] | None, typer.Option(help="Other origins whose pages may connect; repeatable.")] = None,
+    wyoming_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Serve Home Assistant's Wyoming protocol too, usually 10300.")
+    ] = None,
+) -> None:
+    """Serve live captions, or another graph, to browsers (WebRTC), telephones and programs."""
+    from .serve import run
+
+    run(
+        host=host,
+        port=port,
+        graph=graph,
+        model=model,
+        device=device,
+        lookaheads=lookahead,
+        max_sessions=max_sessions,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        origins=origin or (),
+        wyoming_port=wyoming_port,
+    )
+
+
+@app.command()
+def token(
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="How long it may be used to join.")] = 60.0,
+) -> None:
+    """Make a token for joining a server whose ANTIPHON_SECRET is set here."""
+    from .serve import token as make
+
+    make(seconds)
+
+
+@app.command()
 def models() -> None:
     """List the models: embedded, on this computer, and known by name."""
     from .models import run

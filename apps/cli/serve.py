@@ -1,0 +1,207 @@
+"""``antiphon serve``: the server for browsers, telephones and programs; ``antiphon token``: a token to join it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import ipaddress
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ... import load_graph
+from ...models.conformer.checkpoint import CheckpointError, load
+from ...models.conformer.hub import embedded
+from ...models.silero import SileroVAD
+from ...pipelines.engine import Engine
+from ...pipelines.engine.engines import Engines
+from ...pipelines.graph import Graph
+from ...pipelines.recognizer import Recognizer
+from ...pipelines.served import GRAPHS
+from ...pipelines.spec import SpecError
+from ...transport.guard import Rules
+from ...transport.service import GraphMaker, Service
+from ...transport.tokens import Signer
+from ..serve.app import PAGE, create_app
+from .console import CommandError, stderr
+from .transcribe import check_device
+
+SECRET = "ANTIPHON_SECRET"
+MESSAGE_BYTES = 256 * 1024
+HEADER_SECONDS = 10.0  # for a client to say what it wants
+
+
+class Impatient(H11Protocol):
+    """HTTP/1.1 that closes a connection which has sent no whole request head in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._waited, transport)
+
+    def _waited(self, transport: asyncio.Transport) -> None:
+        if cast("object", self.cycle) is None and transport.get_protocol() is self:
+            transport.close()
+
+
+def run(
+    *,
+    host: str,
+    port: int,
+    graph: str,
+    model: str | None,
+    device: str | None,
+    lookaheads: Sequence[float] | None,
+    max_sessions: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    insecure: bool,
+    origins: Sequence[str],
+    wyoming_port: int | None,
+) -> None:
+    """See ``antiphon serve --help``. Raises CommandError."""
+    check_device(device)
+    rules = _rules(host, tls_cert, tls_key, insecure, origins)
+    made = _graph(graph)
+    console = stderr()
+    try:
+        with console.status("Loading and warming the models"):
+            engine, info = _engine(model, device, lookaheads, max_sessions)
+    except (CheckpointError, ImportError, ValueError) as error:
+        raise CommandError(str(error)) from error
+    service = Service(made, engine, name=Path(graph).stem, max_calls=max_sessions, signer=rules.signer)
+    app = create_app(service, rules, info=info, beside=_wyoming(service, host, wyoming_port))
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Impatient,
+        ws="websockets-sansio",
+        ws_max_size=MESSAGE_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=10.0,
+        ws_ping_timeout=10.0,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    scheme = "https" if tls_cert else "http"
+    shown = f"[{host}]" if ":" in host else host
+    console.print(f"{service.name}: {scheme}://{shown}:{port}  (Ctrl-C ends it)")
+    if rules.secret is not None:
+        console.print("Clients need a token: antiphon token", style="dim")
+    gc.collect()
+    gc.freeze()  # what lives as long as the server need not be looked at again
+    try:
+        uvicorn.Server(config).run()
+    except SystemExit as error:
+        raise CommandError(f"cannot listen on {host}:{port}: it is taken or not allowed; choose --port") from error
+    finally:
+        engine.close()
+
+
+def token(seconds: float) -> None:
+    """See ``antiphon token --help``. Raises CommandError."""
+    secret = os.environ.get(SECRET)
+    if not secret:
+        raise CommandError(f"{SECRET} is not set: give it the server's secret")
+    print(_signer(secret).issue("join", "cli", seconds))
+
+
+def _rules(host: str, cert: Path | None, key: Path | None, insecure: bool, origins: Sequence[str]) -> Rules:
+    if (cert is None) != (key is None):
+        raise CommandError("--tls-cert and --tls-key go together")
+    for path in (cert, key):
+        if path is not None and not path.is_file():
+            raise CommandError(f"no file {path}")
+    loopback = host == "localhost" or _is_loopback(host)
+    secret = os.environ.get(SECRET) or None
+    if not loopback:
+        if secret is None:
+            raise CommandError(
+                f"{host} can be reached from other machines: set {SECRET} to 32 or more random characters "
+                "(openssl rand -hex 32), which clients then need"
+            )
+        if cert is None and not insecure:
+            raise CommandError(
+                f"{host} can be reached from other machines: give --tls-cert and --tls-key (browsers grant a "
+                "microphone only over TLS), or --insecure behind a proxy that has TLS"
+            )
+    signer = Signer() if secret is None else _signer(secret)
+    return Rules(loopback, secret, signer, tuple(origins), public=(*PAGE, "/js/", "/static/"))
+
+
+def _signer(secret: str) -> Signer:
+    try:
+        return Signer(secret)
+    except ValueError as error:
+        raise CommandError(f"{SECRET}: {error}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _graph(name: str) -> GraphMaker:
+    if name in GRAPHS:
+        return GRAPHS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise CommandError(f"no graph {name!r}: use {', '.join(GRAPHS)} or the path of a YAML file")
+    try:
+        graph: Graph = load_graph(path)
+    except (SpecError, OSError) as error:
+        raise CommandError(str(error)) from error
+
+    def fixed(options: Mapping[str, Any]) -> Graph:
+        return graph
+
+    return fixed
+
+
+def _engine(
+    model: str | None, device: str | None, lookaheads: Sequence[float] | None, slots: int
+) -> tuple[Engine | Engines, dict[str, Any]]:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = load(model, device=device)
+    recognizer = Recognizer(checkpoint)
+    variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
+    main = Engine(device)
+    main.add("asr", recognizer, slots=slots, variants=variants)
+    cpu = main if main.device.type == "cpu" else Engine("cpu")
+    cpu.add("vad", SileroVAD(), slots=slots)
+    info = {
+        "model": model or embedded()[0],
+        "parameters": sum(weight.numel() for weight in checkpoint.parameters()),
+        "device": torch.cuda.get_device_name(main.device) if main.device.type == "cuda" else "cpu",
+    }
+    return (main if cpu is main else Engines(main, cpu)), info
+
+
+def _wyoming(service: Service, host: str, port: int | None) -> Callable[[], AbstractAsyncContextManager[None]] | None:
+    if port is None:
+        return None
+
+    @asynccontextmanager
+    async def beside() -> AsyncIterator[None]:
+        from ...transport.protocols.wyoming import serve
+
+        server = await serve(service, host, port)
+        try:
+            yield
+        finally:
+            server.close()
+
+    return beside

@@ -1,0 +1,1 @@
+"""The server: page, signalling, protocols, health and metrics."""
