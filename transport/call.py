@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..pipelines.chunk import Audio, Chunk, Event, Video
-from ..pipelines.graph import Graph
+from ..pipelines.graph import Graph, Port
 from ..pipelines.session import Session
 from ..pipelines.stage import Inlet, StageError
 
@@ -46,11 +46,15 @@ class NoInlet(CallError):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something for the client: number ``id`` (from 1, rising), and when it left the graph (clock seconds)."""
+    """Something for the client: number ``id`` (from 1, rising), and when it left the graph (clock seconds).
+
+    source: the output it left through, ``stage`` or ``stage.port``; empty for what the call itself says.
+    """
 
     id: int
     chunk: Chunk
     at: float
+    source: str = ""
 
 
 class Call:
@@ -82,6 +86,7 @@ class Call:
         self._pump: asyncio.Task[None] | None = None
         self._error: StageError | None = None
         self._finished = False
+        self._replies: frozenset[str] = frozenset()
 
     # ---------------------------------------------------------------- in
 
@@ -105,8 +110,8 @@ class Call:
             self.rate = rate
         if not samples.size or self._finished:
             return
-        start, self.received = self.received, self.received + samples.size
-        await self._send("audio", Audio(samples=samples, rate=rate, start=start))
+        await self._send("audio", Audio(samples=samples, rate=rate, start=self.received))
+        self.received += samples.size  # only now: a cancelled send has put nothing in
         if self.heard_seconds >= self.max_seconds:
             self._add(self._event("limit", {"seconds": self.max_seconds}))
             self.finish()
@@ -133,6 +138,11 @@ class Call:
         self.session.report_heard("client", epoch, seconds)
 
     # ---------------------------------------------------------------- out
+
+    @property
+    def replies(self) -> frozenset[str]:
+        """The sources whose items answer the client: of stages that an interruption stops. Others are about its input."""
+        return self._replies
 
     @property
     def last(self) -> int:
@@ -188,8 +198,10 @@ class Call:
     async def start(self) -> None:
         """Run the graph, and return when its stages have their places in the engine. Raises StageError."""
         await self.session.__aenter__()
+        ports = [(port.stage, edge.name) for port, edge in self.session.edges.items() if isinstance(port, Port)]
+        self._replies = frozenset(name for stage, name in ports if not stage.lasting)
         self.session.own(_Fence(self))
-        self._pump = asyncio.create_task(self._run(), name=f"call {self.id}")
+        self._pump = asyncio.create_task(self._run([name for _, name in ports]), name=f"call {self.id}")
         await self.session.opened()
         if self.session.error is not None:
             await self.close()
@@ -202,13 +214,12 @@ class Call:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
 
-    async def _run(self) -> None:
+    async def _run(self, sources: list[str]) -> None:
         try:
-            async for chunk in self.session.outputs():
-                while self._last - self._read >= UNREAD_ITEMS:
-                    self._room.clear()
-                    await self._room.wait()
-                self._add(chunk)
+            if sources:
+                await asyncio.gather(*(self._collect(source) for source in sources))
+            else:
+                await self.session.run()
         except StageError as error:
             self._error = error
         finally:
@@ -219,9 +230,16 @@ class Call:
             except StageError as error:
                 self._error = error
 
-    def _add(self, chunk: Chunk) -> None:
+    async def _collect(self, source: str) -> None:
+        async for chunk in self.session.outputs(source):
+            while self._last - self._read >= UNREAD_ITEMS:
+                self._room.clear()
+                await self._room.wait()
+            self._add(chunk, source)
+
+    def _add(self, chunk: Chunk, source: str = "") -> None:
         self._last += 1
-        self._items.append(Item(self._last, chunk, self.session.clock.now()))
+        self._items.append(Item(self._last, chunk, self.session.clock.now(), source))
         self._news.set()
 
     def fenced(self, epoch: int) -> None:
