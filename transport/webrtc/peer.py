@@ -1,0 +1,326 @@
+"""A peer: one WebRTC connection (aiortc) to one call.
+
+Its microphone goes through our playout buffer into the call, the call's sound goes out by ``AudioSender``, of its
+camera or screen the newest picture is looked at a few times a second, and one data channel carries JSON, which the
+protocol of the route writes and reads. What the graph does not take is refused in the answer, so that it is not sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import av
+import numpy as np
+from aiortc import RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCRtpTransceiver, RTCSessionDescription
+from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
+from numpy.typing import NDArray
+
+from ...codecs.resample import Resampler
+from ...pipelines.chunk import Audio
+from ...pipelines.clock import Clock, running_clock
+from ..call import Call, Item
+from ..service import ConnectionLost
+from .ice import Guard
+from .receiver import RATE, AudioReceiver, attach, with_fec
+from .sdp import DENIED, LOOPBACK, REFUSALS, BadOffer, Network, check_offer
+from .sender import AudioSender
+
+LABELS = ("events", "oai-events")
+CONNECT_SECONDS = 15.0
+SILENT_SECONDS = 5.0  # without a datagram, from a peer that sends sound
+IDLE_SECONDS = 15.0  # without a datagram, from any other: only its consent checks come, every 4 to 6 s (RFC 7675)
+LOOK_SECONDS = 0.5  # between looks at how the connection is
+SEND_SECONDS = 2.0  # for a client to take its messages
+UNSENT_BYTES = 1 << 20  # of messages, before that matters
+UNREAD_MESSAGES = 256
+LONGEST_MESSAGE = 256 * 1024  # characters
+PICTURE_SIDE = 768  # pixels, the longest
+PICTURES = 2.0  # a second
+VIDEO_RATE = 90000
+
+
+class Handler(Protocol):
+    """What speaks on the data channel: the client's messages to the call, the call's items to the client."""
+
+    async def handle(self, text: str) -> None:
+        """A message from the client."""
+
+    async def item(self, item: Item) -> None:
+        """Something the call put out; sound is on its way by the audio track already."""
+
+
+class NeverConnected(ConnectionError):
+    """The client took the answer and did not come."""
+
+
+class Peer:
+    """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
+
+    handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
+    127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. pictures:
+    looked at in a second. after: the number of the last item the client saw, None for where the last reader stopped.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        handler: Callable[[Peer], Handler] | None = None,
+        *,
+        loopback: bool = False,
+        denied: Iterable[Network] = DENIED,
+        pictures: float = PICTURES,
+        after: int | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.call, self.after, self.pictures = call, after, pictures
+        self.clock = clock or running_clock()
+        self.guard = Guard(self.clock)
+        self.counts: Counter[str] = Counter()  # unsent, unread, unlooked: messages and pictures left out
+        self.sender = AudioSender(call.played, epoch=lambda: call.session.epoch, clock=self.clock)
+        self.receiver: AudioReceiver | None = None
+        self._loopback, self._denied = loopback, (*denied, *(() if loopback else LOOPBACK))
+        self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self._speaks = False  # the client takes our sound
+        self._camera: MediaStreamTrack | None = None
+        self._picture: av.VideoFrame | None = None
+        self._pictured = asyncio.Event()
+        self._channel: RTCDataChannel | None = None
+        self._channel_offered = False
+        self._open = asyncio.Event()  # the data channel is, or never will be
+        self._messages: asyncio.Queue[str] = asyncio.Queue(UNREAD_MESSAGES)
+        self._connected = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._pc.on("connectionstatechange", self._on_state)
+        self._pc.on("datachannel", self._on_channel)
+        self.handler = handler(self) if handler is not None else None
+
+    # ---------------------------------------------------------------- the offer
+
+    async def answer(self, offer: str) -> str:
+        """The SDP answer, with every candidate. Raises BadOffer."""
+        offer = check_offer(offer, denied=self._denied)
+        try:
+            await self._pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
+            self._arrange(self._pc.getTransceivers())
+            for transport in self._pc._RTCPeerConnection__iceTransports:
+                self.guard.attach(transport._connection, loopback=self._loopback)
+            await self._pc.setLocalDescription(await self._pc.createAnswer())
+        except REFUSALS as error:
+            raise BadOffer(
+                f"the offer cannot be answered ({type(error).__name__}): offer Opus, VP8 or H.264"
+            ) from error
+        self._speaks = any(
+            transceiver.sender.track is self.sender and transceiver.currentDirection in ("sendonly", "sendrecv")
+            for transceiver in self._pc.getTransceivers()
+        )
+        self._channel_offered = "m=application" in offer
+        answer: str = with_fec(self._pc.localDescription).sdp
+        return answer
+
+    def _arrange(self, transceivers: list[RTCRtpTransceiver]) -> None:
+        """Take the first microphone and the first camera if the graph does, and speak on the first audio line."""
+        for transceiver in transceivers:
+            speaks = hears = False
+            if transceiver.kind == "audio":
+                hears = self.call.takes("audio") and self.receiver is None and transceiver.receiver.track is not None
+                if hears:
+                    self.receiver = attach(transceiver.receiver, clock=self.clock)
+                speaks = all(other.sender.track is not self.sender for other in transceivers)
+                if speaks:
+                    transceiver.sender.replaceTrack(self.sender)
+            elif self.call.takes("video") and self._camera is None and transceiver.receiver.track is not None:
+                self._camera, hears = transceiver.receiver.track, True
+            transceiver.direction = {
+                (True, True): "sendrecv",
+                (True, False): "sendonly",
+                (False, True): "recvonly",
+                (False, False): "inactive",
+            }[speaks, hears]
+
+    # ---------------------------------------------------------------- the connection's life
+
+    async def run(self) -> None:
+        """Carry the call until it or its client ends it.
+
+        Raises NeverConnected, ConnectionLost when the client vanished, and what ``Call.items`` and the handler raise.
+        """
+        watch = asyncio.create_task(self._watch())
+        jobs: list[Coroutine[Any, Any, None]] = [self._speak(), self._hear(), self._read()]
+        if self._camera is not None:
+            jobs += [self._look(self._camera), self._show()]
+        tasks = {watch, *map(asyncio.create_task, jobs)}
+        waiting = set(tasks)
+        try:
+            while not watch.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def leave(self) -> None:
+        """The client said goodbye by another way: ``run`` returns."""
+        self._gone.set()
+
+    async def close(self) -> None:
+        """End the connection and free what it holds."""
+        self._gone.set()
+        self.sender.stop()
+        if self.receiver is not None:
+            self.receiver.close()
+        await self._pc.close()
+
+    def statistics(self) -> dict[str, Any]:
+        """Packets, delay and losses of the sound coming in, the sound going out, and what was left out."""
+        sender, guard = self.sender, self.guard
+        return {
+            "receiver": asdict(self.receiver.stats) if self.receiver is not None else None,
+            "sender": {
+                "packets": sender.packets,
+                "queued_ms": round(1000 * sender.queued),
+                "gaps": sender.gaps,
+                "dropped": sender.dropped,
+            },
+            "datagrams": {
+                "received": guard.received,
+                "malformed": guard.malformed,
+                "overflowed": guard.overflowed,
+            },
+            **self.counts,
+        }
+
+    async def _watch(self) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._connected.wait()
+        except TimeoutError:
+            raise NeverConnected(f"the client did not connect within {CONNECT_SECONDS:g} s of the answer") from None
+        while not self._gone.is_set():
+            if self._pc.connectionState == "failed":
+                raise ConnectionLost("the WebRTC connection failed")
+            allowed = SILENT_SECONDS if self.receiver is not None and self.receiver.stats.received else IDLE_SECONDS
+            if self.guard.last is not None and self.clock.now() - self.guard.last > allowed:
+                raise ConnectionLost(f"nothing came from the client for {allowed:g} s")
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._gone.wait()
+            except TimeoutError:
+                continue
+
+    def _on_state(self) -> None:
+        state = self._pc.connectionState
+        if state == "connected":
+            self._connected.set()
+        elif state in ("closed", "failed"):
+            self._connected.set()  # for ``_watch`` to see which
+            if state == "closed":
+                self._gone.set()
+
+    # ---------------------------------------------------------------- in
+
+    async def _hear(self) -> None:
+        if self.receiver is None:
+            return
+        resampler = Resampler(RATE, self.call.rate or RATE)  # a resumed call keeps the rate it began with
+        async for frame in self.receiver:
+            await self.call.hear(resampler.push(frame.samples), resampler.rate)
+
+    async def _look(self, camera: MediaStreamTrack) -> None:
+        """Keep the newest picture; reading on is what keeps aiortc's queue empty."""
+        try:
+            while True:
+                frame = await camera.recv()
+                if isinstance(frame, av.VideoFrame):
+                    self.counts["unlooked"] += self._picture is not None
+                    self._picture = frame
+                    self._pictured.set()
+        except MediaStreamError:
+            return
+
+    async def _show(self) -> None:
+        began: float | None = None
+        due = 0.0
+        while True:
+            await self._pictured.wait()
+            frame, self._picture = self._picture, None
+            self._pictured.clear()
+            now = self.clock.now()
+            if began is None:
+                began = now - self.call.heard_seconds
+            if frame is not None:
+                pixels = await asyncio.to_thread(picture, frame)
+                await self.call.see(pixels, round((now - began) * VIDEO_RATE), VIDEO_RATE)
+            due = max(due, now) + 1 / self.pictures
+            await self.clock.sleep_until(due)
+
+    def _on_channel(self, channel: RTCDataChannel) -> None:
+        if self._channel is not None or channel.label not in LABELS:
+            self.counts["channels_refused"] += 1
+            channel.close()
+            return
+        self._channel = channel
+        channel.on("message", self._on_message)
+        channel.on("close", self._open.set)
+        self._open.set()
+
+    def _on_message(self, data: str | bytes) -> None:
+        if isinstance(data, bytes) or len(data) > LONGEST_MESSAGE or self._messages.full():
+            self.counts["unread"] += 1
+        else:
+            self._messages.put_nowait(data)
+
+    async def _read(self) -> None:
+        while self.handler is not None:
+            await self.handler.handle(await self._messages.get())
+
+    # ---------------------------------------------------------------- out
+
+    async def send(self, text: str) -> None:
+        """A message to the client, when its data channel is open. Raises ConnectionLost if it takes none for 2 s."""
+        if not self._channel_offered:
+            self.counts["unsent"] += 1
+            return
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._open.wait()
+        except TimeoutError:
+            self._open.set()  # it will not come: nothing waits for it any more
+        channel = self._channel
+        if channel is None or channel.readyState != "open":
+            self.counts["unsent"] += 1
+            return
+        waited = 0.0
+        while channel.bufferedAmount > UNSENT_BYTES:
+            if waited >= SEND_SECONDS:
+                raise ConnectionLost(f"the client took no message for {SEND_SECONDS:g} s")
+            await self.clock.sleep(SEND_SECONDS / 20)
+            waited += SEND_SECONDS / 20
+        channel.send(text)
+
+    async def _speak(self) -> None:
+        """The call's items, until they end and what was said has left."""
+        await self._connected.wait()
+        async for item in self.call.items(self.after):
+            chunk = item.chunk
+            if self.handler is not None:
+                await self.handler.item(item)
+            if not isinstance(chunk, Audio):
+                self.sender.flush(self.call.session.epoch)
+            elif self._speaks:
+                await self.sender.write(chunk.samples, chunk.rate, chunk.epoch, chunk.start_seconds, chunk.final)
+        await self.sender.drained()
+        self._gone.set()
+
+
+def picture(frame: av.VideoFrame, side: int = PICTURE_SIDE) -> NDArray[np.uint8]:
+    """A frame as RGB ``[height, width, 3]``, made smaller to at most ``side`` pixels on its longer side."""
+    scale = min(1.0, side / max(frame.width, frame.height))
+    size = {"width": max(1, round(frame.width * scale)), "height": max(1, round(frame.height * scale))}
+    pixels: NDArray[np.uint8] = frame.reformat(**size, format="rgb24").to_ndarray()
+    return pixels

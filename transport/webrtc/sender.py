@@ -1,0 +1,212 @@
+"""Sound to a peer: reply audio as packets of Opus, 20 ms each, made here and paced by the clock.
+
+aiortc's own encoder is given 96 kb/s stereo and a level meter in Python that costs more than the encoding; a track that
+returns packets goes around both. What leaves is mono at 24 kHz with in-band FEC (RFC 7587). While there is nothing to
+say, the last of a few encoded silent frames is sent again and again, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+from aiortc import MediaStreamTrack
+from aiortc.mediastreams import MediaStreamError
+from numpy.typing import NDArray
+
+from ...codecs.opus import CLOCK_RATE, Encoder
+from ...codecs.opus import encoder as opus_encoder
+from ...codecs.resample import Resampler
+from ...pipelines.clock import Clock, running_clock
+
+RATE = 24000
+FRAME = 0.02  # seconds
+SAMPLES = round(FRAME * RATE)
+TICKS = round(FRAME * CLOCK_RATE)
+LEAD = 0.04  # seconds that are there before sound begins or goes on after a gap
+MOST = 10.0  # seconds that wait before ``write`` does
+BEHIND = 10  # frames that may be caught up on; beyond them sending goes on from now
+SETTLED = 25  # silent frames after which the next would be the same
+
+Samples = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Sound at ``RATE`` from media time ``start`` to ``end`` (seconds); a final one is the last of its utterance."""
+
+    samples: Samples
+    epoch: int
+    start: float
+    end: float
+    final: bool
+
+
+class AudioSender(MediaStreamTrack):
+    """The track to add to a peer connection.
+
+    heard: called with (epoch, media seconds) as sound leaves. epoch: the running epoch; sound of earlier ones is
+    dropped, whenever it looks. lead: see LEAD.
+    """
+
+    kind = "audio"
+
+    def __init__(
+        self,
+        heard: Callable[[int, float], None],
+        *,
+        epoch: Callable[[], int] | None = None,
+        clock: Clock | None = None,
+        encoder: Encoder | None = None,
+        lead: float = LEAD,
+    ) -> None:
+        super().__init__()
+        self.heard, self.lead = heard, lead
+        self.clock = clock or running_clock()
+        self.encoder = encoder or opus_encoder(RATE, fec=True)
+        self.packets = self.gaps = self.dropped = 0  # gaps: times the sound ran out before its end; dropped: samples
+        self._epoch_now = epoch
+        self._epoch = -1
+        self._pieces: deque[_Piece] = deque()
+        self._queued = 0  # samples
+        self._room = asyncio.Event()  # set at every change of the queue
+        self._resampler: Resampler | None = None
+        self._taken = 0.0  # media time up to which sound was written
+        self._made = 0.0  # media time up to which it has come out of the resampler
+        self._speaking = False
+        self._silent = 0  # silent frames sent since the last sound
+        self._silence = b""
+        self._frame = 0  # of 20 ms, since the first
+        self._begin: float | None = None
+
+    @property
+    def queued(self) -> float:
+        """Seconds that wait to be sent."""
+        return self._queued / RATE
+
+    async def write(self, samples: Samples, rate: int, epoch: int, start_seconds: float, final: bool = False) -> None:
+        """Sound ``[n]`` or ``[channels, n]`` at ``rate`` to follow what was written; waits while MOST is queued.
+
+        Sound of an epoch that has ended, by ``flush`` or by the clock of epochs, is dropped, also while it waits.
+        """
+        while self.queued > MOST and not self._stale(epoch) and self.readyState == "live":
+            self._room.clear()
+            await self._room.wait()
+        if self._stale(epoch) or self.readyState != "live":
+            self.dropped += samples.shape[-1]
+            return
+        if epoch > self._epoch:
+            self.flush(epoch)
+        resampler = self._resampler
+        if resampler is None or resampler.source_rate != rate or abs(start_seconds - self._taken) > FRAME / 2:
+            self._end_utterance(False)
+            resampler = self._resampler = Resampler(rate, RATE)
+            self._taken = self._made = start_seconds
+        self._taken = start_seconds + samples.shape[-1] / rate
+        self._put(resampler.push(samples), False)
+        if final:
+            self._end_utterance(True)
+
+    def flush(self, epoch: int) -> None:
+        """Drop what belongs to epochs before this one."""
+        if epoch <= self._epoch:
+            return
+        self._epoch = epoch
+        kept = deque(piece for piece in self._pieces if piece.epoch >= epoch)
+        count = sum(len(piece.samples) for piece in kept)
+        self.dropped += self._queued - count
+        self._pieces, self._queued, self._speaking, self._resampler = kept, count, False, None
+        self._room.set()
+
+    async def drained(self) -> None:
+        """Wait until everything written has left, or the track has ended."""
+        while self._pieces and self.readyState == "live":
+            self._room.clear()
+            await self._room.wait()
+
+    def stop(self) -> None:
+        """End the track: whoever waits to write goes on, in vain."""
+        super().stop()
+        self._room.set()
+
+    async def recv(self) -> av.Packet:
+        """The packet to send now, in time. Raises MediaStreamError after the end."""
+        if self._begin is None:
+            self._begin = self.clock.now()
+        late = int((self.clock.now() - self._begin) / FRAME) - self._frame
+        if late > BEHIND:
+            self._frame += late
+        await self.clock.sleep_until(self._begin + self._frame * FRAME)
+        if self.readyState != "live":
+            raise MediaStreamError
+        packet = av.Packet(self._next())
+        packet.pts, packet.time_base = self._frame * TICKS, Fraction(1, CLOCK_RATE)
+        self._frame += 1
+        self.packets += 1
+        return packet
+
+    def _next(self) -> bytes:
+        if self._epoch_now is not None:
+            self.flush(self._epoch_now())
+        if not self._ready():
+            return self._silent_frame()
+        frame, filled, heard = np.zeros(SAMPLES, np.float32), 0, None
+        while self._pieces and (filled < SAMPLES or not len(self._pieces[0].samples)):
+            piece = self._pieces[0]
+            count = min(SAMPLES - filled, len(piece.samples))
+            frame[filled : filled + count] = piece.samples[:count]
+            filled += count
+            self._queued -= count
+            share = count / len(piece.samples) if len(piece.samples) else 1.0
+            piece.start += share * (piece.end - piece.start)
+            piece.samples = piece.samples[count:]
+            heard = (piece.epoch, piece.start)
+            if not len(piece.samples):
+                self._pieces.popleft()
+                if piece.final:
+                    self._speaking = False
+                    break
+        self._room.set()
+        packet = self.encoder.encode(frame)
+        self._silent = 0
+        if heard is not None:
+            self.heard(*heard)
+        return packet
+
+    def _ready(self) -> bool:
+        """Whether there is sound for a frame: enough of it, or the end of an utterance."""
+        needed = SAMPLES if self._speaking else max(SAMPLES, round(self.lead * RATE))
+        if self._queued >= needed or any(piece.final for piece in self._pieces):
+            self._speaking = True
+            return True
+        self.gaps += self._speaking
+        self._speaking = False
+        return False
+
+    def _silent_frame(self) -> bytes:
+        if self._silent < SETTLED:
+            self._silence = self.encoder.encode(np.zeros(SAMPLES, np.float32))
+            self._silent += 1
+        return self._silence
+
+    def _stale(self, epoch: int) -> bool:
+        return epoch < self._epoch or (self._epoch_now is not None and epoch < self._epoch_now())
+
+    def _end_utterance(self, final: bool) -> None:
+        if self._resampler is not None:
+            self._put(self._resampler.flush(), final)
+            self._resampler = None
+
+    def _put(self, samples: Samples, final: bool) -> None:
+        if not len(samples) and not final:
+            return
+        end = self._taken if final else self._made + len(samples) / RATE
+        self._pieces.append(_Piece(samples, self._epoch, self._made, end, final))
+        self._made = end
+        self._queued += len(samples)
+        self._room.set()
