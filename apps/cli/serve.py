@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import ipaddress
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import load_graph
 from ...models.conformer.checkpoint import CheckpointError, load
@@ -29,25 +27,11 @@ from ...transport.guard import Rules
 from ...transport.service import GraphMaker, Service
 from ...transport.tokens import Signer
 from ..serve.app import PAGE, create_app
+from ..serve.server import configure
 from .console import CommandError, stderr
 from .transcribe import check_device
 
 SECRET = "ANTIPHON_SECRET"
-MESSAGE_BYTES = 256 * 1024
-HEADER_SECONDS = 10.0  # for a client to say what it wants
-
-
-class Impatient(H11Protocol):
-    """HTTP/1.1 that closes a connection which has sent no whole request head in time."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See asyncio.Protocol."""
-        super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._waited, transport)
-
-    def _waited(self, transport: asyncio.Transport) -> None:
-        if cast("object", self.cycle) is None and transport.get_protocol() is self:
-            transport.close()
 
 
 def run(
@@ -77,23 +61,7 @@ def run(
         raise CommandError(str(error)) from error
     service = Service(made, engine, name=Path(graph).stem, max_calls=max_sessions, signer=rules.signer)
     app = create_app(service, rules, info=info, beside=_wyoming(service, host, wyoming_port))
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=Impatient,
-        ws="websockets-sansio",
-        ws_max_size=MESSAGE_BYTES,
-        ws_per_message_deflate=False,
-        ws_ping_interval=10.0,
-        ws_ping_timeout=10.0,
-        ssl_certfile=tls_cert,
-        ssl_keyfile=tls_key,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    config = configure(app, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
     scheme = "https" if tls_cert else "http"
     shown = f"[{host}]" if ":" in host else host
     console.print(f"{service.name}: {scheme}://{shown}:{port}  (Ctrl-C ends it)")
@@ -125,6 +93,7 @@ def _rules(host: str, cert: Path | None, key: Path | None, insecure: bool, origi
             raise CommandError(f"no file {path}")
     loopback = host == "localhost" or _is_loopback(host)
     secret = os.environ.get(SECRET) or None
+    signer = Signer() if secret is None else _signer(secret)
     if not loopback:
         if secret is None:
             raise CommandError(
@@ -136,7 +105,6 @@ def _rules(host: str, cert: Path | None, key: Path | None, insecure: bool, origi
                 f"{host} can be reached from other machines: give --tls-cert and --tls-key (browsers grant a "
                 "microphone only over TLS), or --insecure behind a proxy that has TLS"
             )
-    signer = Signer() if secret is None else _signer(secret)
     return Rules(loopback, secret, signer, tuple(origins), public=(*PAGE, "/js/", "/static/"))
 
 

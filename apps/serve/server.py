@@ -1,0 +1,53 @@
+"""How the application is put on a socket: uvicorn, with the limits that keep one client from holding up the others."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import cast
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MESSAGE_BYTES = 256 * 1024  # of a websocket: 2.7 s of 48 kHz sound, base64
+HEADER_SECONDS = 10.0  # for a client to say what it wants
+PING_SECONDS = 10.0  # between pings of a websocket, and for the answer
+
+
+class Impatient(H11Protocol):
+    """HTTP/1.1 that closes a connection which has sent no whole request head in time (slowloris)."""
+
+    header_seconds = HEADER_SECONDS
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.Protocol."""
+        super().connection_made(transport)
+        self.loop.call_later(self.header_seconds, self._waited, transport)
+
+    def _waited(self, transport: asyncio.Transport) -> None:
+        if cast("object", self.cycle) is None and transport.get_protocol() is self:
+            transport.close()
+
+
+def configure(
+    app: ASGIApp, *, host: str, port: int, tls_cert: Path | None = None, tls_key: Path | None = None
+) -> uvicorn.Config:
+    """Settings to make a ``uvicorn.Server`` of. Websockets without compression: no message grows on arrival."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Impatient,
+        ws="websockets-sansio",
+        ws_max_size=MESSAGE_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PING_SECONDS,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
