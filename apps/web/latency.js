@@ -1,0 +1,91 @@
+// The latency of each turn, from the end of speech to the settled caption, by the stages that it was spent in.
+
+export const STAGES = ["network", "jitter", "endpoint", "recognition"];
+const SHOWN = 7;
+const PATIENCE_MS = 4000; // for the caption of a turn that has ended
+
+export class Latency {
+  #box = document.getElementById("latency");
+  #figures = document.getElementById("latency-figures");
+  #empty = this.#box.firstElementChild;
+  #turns = [];
+  #open = null; // the turn that waits for its caption
+  #final = null; // when the last caption came that no turn has claimed
+
+  clear() {
+    this.#turns = [];
+    this.#open = this.#final = null;
+    this.#box.replaceChildren(this.#empty);
+    this.#figures.textContent = "";
+  }
+
+  speech() {
+    this.#open = this.#final = null;
+  }
+
+  /** spoken: when the speaker stopped, by this page's clock; waited, rtt, jitter: milliseconds. */
+  turn({ spoken, waited, rtt, jitter }) {
+    this.#open = { spoken, waited, rtt, jitter, ended: performance.now() };
+    if (this.#final !== null && this.#final > spoken) this.#close(this.#open.ended);
+  }
+
+  final() {
+    const now = performance.now();
+    if (this.#open && now - this.#open.ended < PATIENCE_MS) this.#close(now);
+    else this.#final = now;
+  }
+
+  #close(now) {
+    const { spoken, waited, rtt, jitter } = this.#open;
+    this.#open = this.#final = null;
+    const known = { network: rtt ?? 0, jitter: jitter ?? 0, endpoint: waited ?? 0 };
+    const sum = known.network + known.jitter + known.endpoint;
+    const total = Math.max(now - spoken, sum);
+    this.#turns.push({ ...known, recognition: total - sum, total, number: this.#turns.length + 1 });
+    this.#show();
+  }
+
+  #show() {
+    const shown = this.#turns.slice(-SHOWN);
+    const most = Math.max(...shown.map((turn) => turn.total), 1);
+    this.#box.replaceChildren(...shown.map((turn) => row(turn, most)));
+    const totals = this.#turns.map((turn) => turn.total).sort((a, b) => a - b);
+    const figure = (q) => `${Math.round(quantile(totals, q))} ms`;
+    const [p50, p95] = [bold(figure(0.5)), bold(figure(0.95))];
+    this.#figures.replaceChildren("p50 ", p50, " · p95 ", p95, ` · ${totals.length} ${totals.length === 1 ? "turn" : "turns"}`);
+  }
+}
+
+/** Linear between the two nearest, as numpy's default. */
+export function quantile(sorted, q) {
+  const at = (sorted.length - 1) * q;
+  const low = Math.floor(at);
+  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}
+
+function row(turn, most) {
+  const element = document.createElement("div");
+  element.className = "turn-row";
+  const stack = document.createElement("div");
+  stack.className = "stack";
+  stack.setAttribute("role", "img");
+  const words = STAGES.map((stage) => `${stage} ${Math.round(turn[stage])} ms`).join(", ");
+  stack.setAttribute("aria-label", `Turn ${turn.number}: ${words}`);
+  stack.title = words;
+  for (const stage of STAGES) {
+    const part = document.createElement("i");
+    part.className = `bar-${stage}`;
+    part.style.width = `${(100 * turn[stage]) / most}%`;
+    stack.append(part);
+  }
+  const number = document.createElement("span");
+  number.textContent = `#${turn.number}`;
+  element.append(number, stack, bold(`${Math.round(turn.total)} ms`));
+  return element;
+}
+
+function bold(text) {
+  const element = document.createElement("b");
+  element.textContent = text;
+  return element;
+}

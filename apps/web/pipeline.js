@@ -1,0 +1,34 @@
+// The server's drawing of its graph, put into a shadow tree: its own style sheet stays its own.
+
+import { ask } from "./connection.js";
+
+export class Pipeline {
+  #root;
+  #note = document.getElementById("pipeline-note");
+
+  constructor(box) {
+    this.#root = box.attachShadow({ mode: "open" });
+  }
+
+  /** Draw the graph, with the call's queues where a call is given. */
+  async load(call = null) {
+    const path = call ? `/graph.svg?call=${encodeURIComponent(call)}` : "/graph.svg";
+    const picture = new DOMParser().parseFromString(await (await ask(path)).text(), "image/svg+xml").documentElement;
+    if (picture.localName !== "svg") throw new Error("The server's drawing of the graph is not an SVG.");
+    const sheet = new CSSStyleSheet();
+    const styles = [...picture.querySelectorAll("style")];
+    sheet.replaceSync(themed(styles.map((one) => one.textContent).join("\n")));
+    for (const one of styles) one.remove();
+    this.#root.adoptedStyleSheets = [sheet];
+    this.#root.replaceChildren(document.importNode(picture, true));
+    this.#note.textContent = call ? "live, with this call's queues" : "the graph this server runs";
+  }
+}
+
+/** The drawing follows the system's light or dark; where the page has been switched, it follows the page. */
+function themed(css) {
+  const theme = document.documentElement.dataset.theme;
+  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const page = ":host svg { max-width: 100%; height: auto; } .page { fill: none !important; stroke: none !important; }";
+  return css.replaceAll(/\(\s*prefers-color-scheme:\s*dark\s*\)/g, dark ? "all" : "not all") + page;
+}
