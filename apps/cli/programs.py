@@ -11,6 +11,7 @@ from .console import CommandError
 BENCHMARKS = {
     "asr": "streaming recognition: step time, sessions in real time, beside other implementations",
     "runtime": "what the graph itself costs a chunk",
+    "transport_loss": "speech over a network that loses packets, beside aiortc's own receiver",
 }
 RECIPES = {
     "asr": "the embedded recogniser, from speech with transcripts and a teacher",
