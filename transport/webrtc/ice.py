@@ -49,7 +49,7 @@ class Guard:
             else:
                 take(data, component)
 
-        connection.get_component_candidates = get_component_candidates  # type: ignore[method-assign]
+        connection.get_component_candidates = get_component_candidates  # type: ignore[method-assign, assignment]
         connection.data_received = data_received  # type: ignore[method-assign]
 
     def _watch(self, protocol: Any) -> None:

@@ -15,7 +15,14 @@ from typing import Any, Protocol
 
 import av
 import numpy as np
-from aiortc import RTCConfiguration, RTCDataChannel, RTCPeerConnection, RTCRtpTransceiver, RTCSessionDescription
+from aiortc import (
+    RTCConfiguration,
+    RTCDataChannel,
+    RTCIceTransport,
+    RTCPeerConnection,
+    RTCRtpTransceiver,
+    RTCSessionDescription,
+)
 from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from numpy.typing import NDArray
 
@@ -106,7 +113,8 @@ class Peer:
         try:
             await self._pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
             self._arrange(self._pc.getTransceivers())
-            for transport in self._pc._RTCPeerConnection__iceTransports:
+            transports: set[RTCIceTransport] = getattr(self._pc, "_RTCPeerConnection__iceTransports")  # noqa: B009
+            for transport in transports:
                 self.guard.attach(transport._connection, loopback=self._loopback)
             await self._pc.setLocalDescription(await self._pc.createAnswer())
         except REFUSALS as error:
@@ -163,6 +171,13 @@ class Peer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def take(self, text: str) -> None:
+        """A message from the client, whichever way it came: the handler gets it in its turn."""
+        if len(text) > LONGEST_MESSAGE or self._messages.full():
+            self.counts["unread"] += 1
+        else:
+            self._messages.put_nowait(text)
 
     def leave(self) -> None:
         """The client said goodbye by another way: ``run`` returns."""
@@ -270,10 +285,10 @@ class Peer:
         self._open.set()
 
     def _on_message(self, data: str | bytes) -> None:
-        if isinstance(data, bytes) or len(data) > LONGEST_MESSAGE or self._messages.full():
+        if isinstance(data, bytes):
             self.counts["unread"] += 1
         else:
-            self._messages.put_nowait(data)
+            self.take(data)
 
     async def _read(self) -> None:
         while self.handler is not None:
@@ -322,5 +337,4 @@ def picture(frame: av.VideoFrame, side: int = PICTURE_SIDE) -> NDArray[np.uint8]
     """A frame as RGB ``[height, width, 3]``, made smaller to at most ``side`` pixels on its longer side."""
     scale = min(1.0, side / max(frame.width, frame.height))
     size = {"width": max(1, round(frame.width * scale)), "height": max(1, round(frame.height * scale))}
-    pixels: NDArray[np.uint8] = frame.reformat(**size, format="rgb24").to_ndarray()
-    return pixels
+    return np.asarray(frame.reformat(**size, format="rgb24").to_ndarray(), np.uint8)

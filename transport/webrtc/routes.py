@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -83,8 +84,8 @@ class _Peers:
             _accept(request, SDP)
             offer, session = await _form(request)
             id, peer, answer = await self._start(request, offer, lambda peer: Realtime(peer.call, peer.send))
-            if session is not None and peer.handler is not None:
-                await peer.handler.handle(json.dumps({"type": "session.update", "session": session}))
+            if session is not None:
+                peer.take(json.dumps({"type": "session.update", "session": session}))
         except _REFUSED as error:
             return _refuse(error)
         return Response(answer, 201, {"Location": f"{_CALLS}/{id}"}, SDP)
@@ -150,7 +151,8 @@ class _Peers:
                     await peer.close()
 
         task = asyncio.create_task(serve(), name=f"peer {id[:4]}")
-        await asyncio.wait([task, answered], return_when=asyncio.FIRST_COMPLETED)
+        first: set[asyncio.Future[Any]] = {task, answered}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not answered.done():
             await task
             raise ConnectionLost("the peer ended before it was answered")
@@ -253,12 +255,15 @@ async def _form(request: Request) -> tuple[str, dict[str, Any] | None]:
     """The offer, and the session that came with it."""
     if _media_type(request) != "multipart/form-data":
         return await _sdp(request), None
-    if int(request.headers.get("content-length", LONGEST_BODY + 1)) > LONGEST_BODY:
-        raise BadRequest(413, f"the form has no length or more than {LONGEST_BODY} bytes, which is the most")
+    length = request.headers.get("content-length")
+    if length is None:
+        raise BadRequest(411, "the form came without a Content-Length: send one")
+    if int(length) > LONGEST_BODY:
+        raise BadRequest(413, f"the form has {length} bytes: {LONGEST_BODY} is the most")
     try:
         form = await request.form(max_files=2, max_fields=8, max_part_size=LONGEST)
-    except MultiPartException as error:
-        raise BadRequest(400, f"not multipart/form-data ({error.message}): send parts sdp and session") from error
+    except (MultiPartException, HTTPException) as error:
+        raise BadRequest(400, "not well-formed multipart/form-data: send parts sdp and session") from error
     parts: dict[str, str] = {}
     for name, value in form.items():
         parts[name] = (await value.read()).decode() if isinstance(value, UploadFile) else value

@@ -79,9 +79,10 @@ def _check_section(section: MediaDescription, name: str) -> None:
         raise BadOffer(f"{name} is of no kind served here: offer audio, video or application")
     if section.dtls is None or not section.dtls.fingerprints:
         raise BadOffer(f"{name} has no a=fingerprint or no a=setup: media is encrypted with DTLS-SRTP (RFC 8827)")
-    if not _UFRAG.fullmatch(section.ice.usernameFragment or ""):
+    ice = section.ice
+    if ice is None or not _UFRAG.fullmatch(ice.usernameFragment or ""):
         raise BadOffer(f"{name} has no a=ice-ufrag of 4 to 256 ICE characters (RFC 8839)")
-    if not _PASSWORD.fullmatch(section.ice.password or ""):
+    if not _PASSWORD.fullmatch(ice.password or ""):
         raise BadOffer(f"{name} has no a=ice-pwd of 22 to 256 ICE characters (RFC 8839)")
     if section.kind == "application" and section.profile != "DTLS/SCTP" and section.sctp_port is None:
         raise BadOffer(f"{name} has no a=sctp-port (RFC 8841)")

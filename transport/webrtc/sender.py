@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -134,7 +135,7 @@ class AudioSender(MediaStreamTrack):
         super().stop()
         self._room.set()
 
-    async def recv(self) -> av.Packet:
+    async def recv(self) -> av.Packet[Any]:
         """The packet to send now, in time. Raises MediaStreamError after the end."""
         if self._begin is None:
             self._begin = self.clock.now()
@@ -144,7 +145,7 @@ class AudioSender(MediaStreamTrack):
         await self.clock.sleep_until(self._begin + self._frame * FRAME)
         if self.readyState != "live":
             raise MediaStreamError
-        packet = av.Packet(self._next())
+        packet: av.Packet[Any] = av.Packet(self._next())
         packet.pts, packet.time_base = self._frame * TICKS, Fraction(1, CLOCK_RATE)
         self._frame += 1
         self.packets += 1

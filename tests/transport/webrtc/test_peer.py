@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 import antiphon
 from antiphon.codecs import opus
 from antiphon.codecs.audio_file import read
-from antiphon.pipelines.chunk import Audio, Chunk, Event, Video
+from antiphon.pipelines.chunk import Audio, Event, Video
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
 from antiphon.pipelines.stages.parrot import Echo
 from antiphon.transport.service import Service
@@ -129,9 +129,7 @@ class Client:
         return message
 
     async def opened(self) -> None:
-        async with asyncio.timeout(10):
-            while self.channel.readyState != "open":
-                await asyncio.sleep(0.01)
+        await until(lambda: self.channel.readyState == "open")
 
     def send(self, **message: Any) -> None:
         self.channel.send(json.dumps(message))
@@ -155,7 +153,7 @@ async def client(label: str | None = "events", *, camera: bool = False) -> Async
 
 async def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
-        while not holds():
+        while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -209,3 +207,200 @@ def test_what_is_said_comes_back_and_the_channel_speaks() -> None:
             assert server.service.counts["ended"] == 1
 
     asyncio.run(main())
+
+
+def test_whip_answers_and_delete_frees_everything() -> None:
+    async def main() -> None:
+        async with serving() as server, client(None) as browser:
+            headers = {"Content-Type": "application/sdp"}
+            response = await server.http.post("/whip", content=await browser.offer(), headers=headers)
+            assert response.status_code == 201
+            assert response.headers["content-type"].startswith("application/sdp")
+            location = response.headers["location"]
+            assert location.startswith("/whip/")
+            await browser.accept(response.text)
+            (call,) = server.service.calls.values()
+            await until(lambda: call.heard_seconds > 0.3)
+            assert (await server.http.get("/whip")).status_code == 405
+            assert (await server.http.patch(location, content=b"")).status_code == 405
+            assert (await server.http.delete("/whip/other")).status_code == 404
+            assert (await server.http.delete(location)).status_code == 200
+            assert not server.service.calls
+            assert (await server.http.delete(location)).status_code == 404
+            await until(lambda: browser.pc.connectionState == "closed")
+            assert not [task for task in asyncio.all_tasks() if task.get_name().startswith(("peer", "call"))]
+
+    asyncio.run(main())
+
+
+def test_whep_sends_sound_to_one_who_only_listens() -> None:
+    @stage
+    async def talk(ctx: Context) -> AsyncIterator[Audio]:
+        for i in range(0, len(SPEECH), 480):
+            yield Audio(SPEECH[i : i + 480], rate=24000, start=i)
+
+    async def main() -> None:
+        async with serving(lambda options: talk() | (Inlet().named("control") >> told())) as server:
+            pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+            pc.addTransceiver("audio", direction="recvonly")
+            browser = Client(pc)
+            headers = {"Content-Type": "application/sdp"}
+            response = await server.http.post("/whep", content=await browser.offer(), headers=headers)
+            assert response.status_code == 201
+            assert response.headers["location"].startswith("/whep/")
+            await browser.accept(response.text)
+            assert likeness(await hear(pc, 2.0)) > 0.8
+            await pc.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "body", "status"),
+    [
+        ("/whip", {"Content-Type": "application/sdp"}, b"", 400),
+        ("/whip", {"Content-Type": "application/sdp"}, b"v=0", 400),
+        ("/whip", {"Content-Type": "application/sdp"}, b"\xff\xfe", 400),
+        ("/whip", {"Content-Type": "text/plain"}, b"v=0", 415),
+        ("/whip", {"Content-Type": "application/sdp", "Accept": "text/html"}, b"v=0", 406),
+        ("/whep", {"Content-Type": "application/sdp"}, b"x" * 200_000, 413),
+        ("/whip?resume=nonsense", {"Content-Type": "application/sdp"}, b"v=0", 401),
+        ("/rtc/offer", {"Content-Type": "application/sdp"}, b"v=0", 415),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b"[]", 400),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b"{", 400),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b'{"sdp": 5}', 400),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b'{"sdp": "v=0"}', 400),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b'{"sdp": "v=0", "options": {"unknown": 1}}', 400),
+        ("/rtc/offer", {"Content-Type": "application/json"}, b'{"sdp": "v=0", "after": true}', 400),
+    ],
+)
+def test_what_is_wrong_is_refused_and_leaves_nothing(
+    path: str, headers: dict[str, str], body: bytes, status: int
+) -> None:
+    async def main() -> None:
+        async with serving() as server:
+            response = await server.http.post(path, headers=headers, content=body)
+            assert response.status_code == status
+            assert response.json()["error"]["message"]
+            assert not server.service.calls
+
+    asyncio.run(main())
+
+
+def test_a_full_service_says_when_to_come_back() -> None:
+    async def main() -> None:
+        async with serving(max_calls=1, keep=7.0) as server, client(None) as first, client(None) as second:
+            headers = {"Content-Type": "application/sdp"}
+            response = await server.http.post("/whip", content=await first.offer(), headers=headers)
+            assert response.status_code == 201
+            await first.accept(response.text)
+            response = await server.http.post("/whip", content=await second.offer(), headers=headers)
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "7"
+
+    asyncio.run(main())
+
+
+def test_a_client_that_vanishes_is_noticed_and_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+
+    async def main() -> None:
+        async with serving() as server, client() as browser, client() as again:
+            body = (await server.http.post("/rtc/offer", json={"sdp": await browser.offer()})).json()
+            await browser.accept(body["sdp"])
+            await browser.opened()
+            call = server.service.calls[body["call"]]
+            await until(lambda: call.heard_seconds > 0.3)
+            browser.send(type="control", name="before", data={})
+            last = (await browser.next("told"))["id"]
+            for protocol in browser.pc.getSenders()[0].transport.transport._connection._protocols:
+                monkeypatch.setattr(protocol.transport, "sendto", lambda data, address: None)
+            await until(lambda: server.service.counts["kept"] == 1)
+            offer = {"sdp": await again.offer(), "resume": body["resume"], "after": last}
+            response = await server.http.post("/rtc/offer", json=offer)
+            assert response.status_code == 201
+            assert response.json()["call"] == body["call"]
+            await again.accept(response.json()["sdp"])
+            await again.opened()
+            again.send(type="control", name="after", data={})
+            message = await again.next("told")
+            assert message["data"]["name"] == "after"
+            assert message["id"] > last
+
+    asyncio.run(main())
+
+
+def test_one_who_never_connects_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with serving() as server, client(None) as browser:
+            headers = {"Content-Type": "application/sdp"}
+            response = await server.http.post("/whip", content=await browser.offer(), headers=headers)
+            assert response.status_code == 201
+            assert server.service.calls
+            await until(lambda: not server.service.calls)
+            assert server.service.counts["kept"] == 0
+
+    asyncio.run(main())
+
+
+def test_the_camera_is_looked_at_now_and_then_where_the_graph_takes_pictures() -> None:
+    async def main() -> None:
+        async with serving(watching) as server, client(camera=True) as browser:
+            body = (await server.http.post("/rtc/offer", json={"sdp": await browser.offer()})).json()
+            await browser.accept(body["sdp"])
+            first, second = await browser.next("seen"), await browser.next("seen")
+            assert first["data"]["shape"] == [480, 640, 3]
+            assert first["data"]["green"] == pytest.approx(135, abs=10)
+            assert second["start"] - first["start"] >= 0.45
+
+    asyncio.run(main())
+
+
+def test_pictures_that_no_one_takes_are_refused_in_the_answer() -> None:
+    async def main() -> None:
+        async with serving() as server, client(camera=True) as browser:
+            body = (await server.http.post("/rtc/offer", json={"sdp": await browser.offer()})).json()
+            audio, video = body["sdp"].split("m=audio")[1].split("m=video")
+            assert "a=sendrecv" in audio
+            assert "a=inactive" in video
+
+    asyncio.run(main())
+
+
+def test_strangers_datagrams_neither_raise_nor_pile_up() -> None:
+    async def main() -> None:
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+        async with serving() as server, client() as browser:
+            body = (await server.http.post("/rtc/offer", json={"sdp": await browser.offer()})).json()
+            ports = [
+                int(line.split()[5])
+                for line in body["sdp"].splitlines()
+                if line.startswith("a=candidate:") and " 127.0.0.1 " in line
+            ]
+            short_priority = bytes.fromhex("00010008 2112a442") + bytes(12) + bytes.fromhex("0024000200000000")
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+                for _ in range(20):
+                    stranger.sendto(short_priority, ("127.0.0.1", ports[0]))
+                for _ in range(1000):
+                    stranger.sendto(b"\x80" + bytes(100), ("127.0.0.1", ports[0]))
+                    await asyncio.sleep(0)  # one turn of the loop reads one datagram
+            await browser.accept(body["sdp"])
+            await browser.opened()
+            browser.send(type="stats")
+            datagrams = (await browser.next("stats"))["datagrams"]
+            assert datagrams["malformed"] == 20
+            assert datagrams["overflowed"] > 100
+            assert not failures
+
+    asyncio.run(main())
+
+
+def test_a_large_picture_is_made_smaller_in_proportion() -> None:
+    frame = av.VideoFrame.from_ndarray(np.full((1080, 1920, 3), 200, np.uint8), format="rgb24")
+    assert module.picture(frame).shape == (432, 768, 3)
+    assert module.picture(frame, 4000).shape == (1080, 1920, 3)
+    assert abs(int(module.picture(frame).mean()) - 200) <= 2
