@@ -20,6 +20,7 @@ from aiortc import (
     RTCDataChannel,
     RTCIceTransport,
     RTCPeerConnection,
+    RTCRtpSender,
     RTCRtpTransceiver,
     RTCSessionDescription,
 )
@@ -110,7 +111,11 @@ class Peer:
     async def answer(self, offer: str) -> str:
         """The SDP answer, with every candidate. Raises BadOffer."""
         offer = check_offer(offer, denied=self._denied)
+        opus = [codec for codec in RTCRtpSender.getCapabilities("audio").codecs if codec.mimeType == "audio/opus"]
         try:
+            for line in offer.splitlines():
+                if line.startswith("m=audio"):
+                    self._pc.addTransceiver("audio").setCodecPreferences(opus)
             await self._pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
             self._arrange(self._pc.getTransceivers())
             transports: set[RTCIceTransport] = getattr(self._pc, "_RTCPeerConnection__iceTransports")  # noqa: B009

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ..call import CallError, Item
+from ..call import CallError, Item, TakenOver
 from ..protocols import plain
 from ..service import ConnectionLost, Full, NoSuchCall, Service
 from ..tokens import BadToken
@@ -146,6 +146,8 @@ class _Peers:
                     if resume is not None:
                         raise ConnectionLost(str(error)) from error
                     raise
+                except TakenOver as error:  # the call goes on with its new connection
+                    raise ConnectionLost(str(error)) from error
                 finally:
                     self.running.pop(id, None)
                     await peer.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import av
@@ -283,6 +285,76 @@ def test_what_is_wrong_is_refused_and_leaves_nothing(
             assert response.status_code == status
             assert response.json()["error"]["message"]
             assert not server.service.calls
+
+    asyncio.run(main())
+
+
+def test_sound_is_opus_and_nothing_else() -> None:
+    async def main() -> None:
+        async with serving() as server, client(None) as browser:
+            offer, headers = await browser.offer(), {"Content-Type": "application/sdp"}
+            other = offer.replace(" opus/48000/2", " speex/48000/2")
+            response = await server.http.post("/whip", content=other, headers=headers)
+            assert response.status_code == 400
+            assert "offer Opus" in response.json()["error"]["message"]
+            assert not server.service.calls
+            first, rest = offer.split("m=audio", 1)
+            line, rest = rest.split("\r\n", 1)
+            port, profile, *formats = line.split()
+            last = f"m=audio {port} {profile} {' '.join(reversed(formats))}\r\n"
+            response = await server.http.post("/whip", content=first + last + rest, headers=headers)
+            assert response.status_code == 201
+            named = [line for line in response.text.splitlines() if line.startswith("a=rtpmap")]
+            assert [line.split()[1] for line in named] == ["opus/48000/2"]
+
+    asyncio.run(main())
+
+
+class Noted:
+    """Stands in for OpenAI's protocol: what it is told goes back as it came."""
+
+    def __init__(self, call: Any, send: Callable[[str], Any]) -> None:
+        self.call, self.send = call, send
+
+    async def handle(self, text: str) -> None:
+        await self.send(json.dumps({"type": "noted", "call": self.call.id, "message": json.loads(text)}))
+
+    async def item(self, item: Any) -> None:
+        return
+
+
+def test_openai_calls_get_their_session_and_speak_on_their_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = ModuleType("antiphon.transport.protocols.realtime")
+    stand_in.Realtime = Noted
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+
+    async def main() -> None:
+        async with serving() as server, client("oai-events") as browser, client("oai-events") as bare:
+            session = {"type": "realtime", "instructions": "be kind"}
+            parts = {
+                "sdp": (None, await browser.offer(), "application/sdp"),
+                "session": (None, json.dumps(session), "application/json"),
+            }
+            response = await server.http.post("/v1/realtime/calls", files=parts)
+            assert response.status_code == 201
+            location = response.headers["location"]
+            assert location.startswith("/v1/realtime/calls/")
+            await browser.accept(response.text)
+            assert (await browser.next("noted"))["message"] == {"type": "session.update", "session": session}
+            await browser.opened()
+            browser.send(type="response.create")
+            assert (await browser.next("noted"))["message"] == {"type": "response.create"}
+            assert (await server.http.post(location + "/hangup")).status_code == 200
+            assert not server.service.calls
+            headers = {"Content-Type": "application/sdp"}
+            response = await server.http.post("/v1/realtime/calls", content=await bare.offer(), headers=headers)
+            assert response.status_code == 201
+            for wrong in (
+                {"sdp": (None, "v=0")},
+                {"session": (None, "{}")},
+                {"sdp": (None, "v=0"), "session": (None, "[")},
+            ):
+                assert (await server.http.post("/v1/realtime/calls", files=wrong)).status_code == 400
 
     asyncio.run(main())
 
