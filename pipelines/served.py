@@ -21,6 +21,7 @@ from .turn_taking import TurnSettings
 
 OPTIONS = ("language", "lookahead_ms", "endpoint_ms", "turns")
 REPLY_RATE = 24000
+ENDPOINT_MS = 500.0  # as the silence that ends a turn, so that its caption settles with it
 _TURN_SECONDS = 60
 
 
@@ -49,7 +50,7 @@ def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
     for name in options:
         if name not in OPTIONS:
             raise ValueError(f"no option {name!r}{did_you_mean(name, OPTIONS)}: there are {', '.join(OPTIONS)}")
-    endpoint = _number(options, "endpoint_ms", 1000.0)
+    endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
     if endpoint <= 0:
         raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
     lookahead = None if options.get("lookahead_ms") is None else _number(options, "lookahead_ms", 0.0)

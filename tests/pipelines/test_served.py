@@ -1,0 +1,51 @@
+"""The graphs that a server offers by name."""
+
+from __future__ import annotations
+
+import pytest
+from antiphon.pipelines.graph import Graph
+from antiphon.pipelines.served import GRAPHS, captions
+from antiphon.pipelines.stages.transcribe import Transcribe
+from antiphon.pipelines.stages.turns import Turns
+
+
+def stage_of(graph: Graph, kind: type) -> object:
+    return next(node for node in graph.nodes if isinstance(node, kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("captions", {"captions.out", "turns.events"}),
+        ("parrot", {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
+    ],
+)
+def test_inlets_and_outputs(name: str, outputs: set[str]) -> None:
+    graph = GRAPHS[name]({})
+    graph.validate()
+    assert {graph.names[node] for node in graph.nodes if not node.inputs} == {"audio", "control"}
+    assert {f"{graph.names[port.stage]}.{port.name}" for port in graph.open_outputs} == outputs
+
+
+def test_options_reach_their_stages() -> None:
+    turns = {"silence_ms": 300, "mode": "manual"}
+    graph = captions({"language": "de-DE", "lookahead_ms": "80", "endpoint_ms": 250, "turns": turns})
+    asr, turn = stage_of(graph, Transcribe), stage_of(graph, Turns)
+    assert isinstance(asr, Transcribe)
+    assert isinstance(turn, Turns)
+    assert (asr.language, asr.lookahead, asr.endpoint) == ("de-DE", 80.0, 0.25)
+    assert (turn.settings.silence_ms, turn.settings.mode) == (300, "manual")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"langage": "de"}, "did you mean 'language'"),
+        ({"lookahead_ms": "soon"}, "lookahead_ms='soon'"),
+        ({"endpoint_ms": 0}, "endpoint_ms=0"),
+        ({"turns": {"threshold": 7}}, "threshold"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        captions(options)
