@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.served import GRAPHS, captions
 from antiphon.pipelines.stages.transcribe import Transcribe
