@@ -1,0 +1,266 @@
+"""What strangers may send, as functions of bytes: each lets through only what nobody declared.
+
+``TARGETS`` maps a name to a function that is called with any bytes at all. It returns when the input was taken or
+refused as its module documents, and raises for everything else. ``SEEDS`` are inputs to start from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+from typing import Any
+
+from aioice import Candidate, Connection
+from aioice.ice import StunProtocol
+from aioice.stun import COOKIE, message_integrity, set_body_length
+from aiortc import RTCConfiguration, RTCPeerConnection
+
+from antiphon.pipelines.chunk import Chunk
+from antiphon.pipelines.clock import running_clock
+from antiphon.pipelines.stage import Context, Inlet, Input, stage
+from antiphon.transport.call import Call, CallError
+from antiphon.transport.protocols import common, plain
+from antiphon.transport.webrtc import ice
+from antiphon.transport.webrtc.peer import Peer
+from antiphon.transport.webrtc.sdp import BadOffer, check_offer
+
+ADDRESS = ("192.0.2.1", 4000)
+CALL_INPUTS = 200  # that one call gets before the next takes over
+
+
+@cache
+def loop() -> asyncio.AbstractEventLoop:
+    """One event loop for every input; what a task or callback raises unseen ends the run."""
+    made = asyncio.new_event_loop()
+    made.set_exception_handler(_fail)
+    return made
+
+
+_unseen: list[BaseException] = []
+
+
+def _fail(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    _unseen.append(context.get("exception") or RuntimeError(context["message"]))
+
+
+def run(coroutine: Any) -> None:
+    """To the end, and what it left to run once after it."""
+
+    async def main() -> None:
+        await coroutine
+        await asyncio.sleep(0)
+
+    loop().run_until_complete(main())
+    if _unseen:
+        raise _unseen.pop()
+
+
+# -- offers ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def offer() -> str:
+    """A good one: a microphone, a camera and a data channel."""
+
+    async def made() -> str:
+        pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        pc.addTransceiver("audio")
+        pc.addTransceiver("video")
+        pc.createDataChannel("events")
+        await pc.setLocalDescription(await pc.createOffer())
+        sdp: str = pc.localDescription.sdp
+        await pc.close()
+        return sdp
+
+    return loop().run_until_complete(made())
+
+
+def edited(data: bytes) -> str:
+    """The good offer after edits of four bytes each: what to do, to which line, at which place, with which byte."""
+    lines = offer().splitlines()
+    for what, where, place, byte in struct.iter_unpack("BBBB", data[: len(data) // 4 * 4]):
+        if not lines:
+            break
+        index, other = where % len(lines), place % len(lines)
+        line, at = lines[index], place % (len(lines[index]) + 1)
+        if what % 6 == 0:
+            lines.pop(index)
+        elif what % 6 == 1:
+            lines.insert(other, line)
+        elif what % 6 == 2:
+            lines[index], lines[other] = lines[other], line
+        elif what % 6 == 3:
+            lines[index] = line[:at]
+        elif what % 6 == 4:
+            lines[index] = line[:at] + chr(byte) + line[at + 1 :]
+        else:
+            lines[index] = line[:at] + str(byte * 0x01010101) + line[at + 1 :]
+    return "\r\n".join([*lines, ""])
+
+
+def sdp(data: bytes) -> None:
+    """Any text as an offer, and the good offer edited: BadOffer or nothing."""
+    for text in (data.decode(errors="replace"), data.decode("latin-1"), edited(data)):
+        try:
+            check_offer(text)
+        except BadOffer:
+            continue
+
+
+class Anything:
+    """A call that takes whatever is offered."""
+
+    session = None
+
+    def takes(self, inlet: str) -> bool:
+        """See ``Call``."""
+        return True
+
+    def played(self, epoch: int, seconds: float) -> None:
+        """See ``Call``."""
+
+
+def answer(data: bytes) -> None:
+    """The good offer, edited, is answered by a peer or refused with BadOffer."""
+
+    async def main() -> None:
+        peer = Peer(Anything(), loopback=True)  # type: ignore[arg-type]
+        try:
+            await peer.answer(edited(data))
+        except BadOffer:
+            return
+        finally:
+            await peer.close()
+
+    run(main())
+
+
+# -- datagrams ---------------------------------------------------------------------------------------------------------
+
+
+class Nowhere(asyncio.DatagramTransport):
+    """Sends nothing."""
+
+    def sendto(self, data: Any, addr: Any = None) -> None:
+        """Forget it."""
+
+
+def signed(data: bytes, key: bytes) -> bytes:
+    """A binding request with these attributes that bears the integrity of somebody who knows the password."""
+    head = struct.pack("!HHI12s", 1, len(data), COOKIE, b"transaction!") + data
+    whole = set_body_length(head, len(data) + 24)
+    return whole + struct.pack("!HH", 8, 20) + message_integrity(whole, key)
+
+
+def stun(data: bytes) -> None:
+    """A datagram from a stranger, and STUN from somebody who knows the password: counted, whatever it is."""
+
+    async def main() -> None:
+        connection = Connection(ice_controlling=False)
+        guard = ice.Guard(running_clock())
+        guard.attach(connection)
+        protocol = StunProtocol(connection)
+        protocol.connection_made(Nowhere())
+        protocol.local_candidate = Candidate("1", 1, "udp", 1, "192.0.2.9", 5000, "host")
+        guard._watch(protocol)
+        connection.remote_username, connection.remote_password = "them", "p" * 22
+        connection._early_checks_done = True
+        name = f"{connection.local_username}:them".encode()
+        user = struct.pack("!HH", 6, len(name)) + name + bytes(-len(name) % 4)
+        body = data[: len(data) // 4 * 4]
+        for datagram in (data, signed(user + body, connection.local_password.encode()), signed(body, b"guess")):
+            protocol.datagram_received(datagram, ADDRESS)
+        assert guard.received == 3
+        assert connection._queue.qsize() <= ice.WAITING_DATAGRAMS
+        tasks = [pair.task for pair in connection._check_list if pair.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(main())
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+
+@stage(name="fuzz_swallow")
+async def swallow(ctx: Context, source: Input) -> AsyncIterator[Chunk]:
+    """Takes everything and says nothing."""
+    async for chunk in source:
+        if chunk.start < 0:
+            yield chunk
+
+
+class Calls:
+    """A call at a time, for so many inputs or until it ends."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.inputs = 0
+
+    async def next(self) -> Call:
+        """The call for one more input."""
+        if self.call is not None and (self.call._finished or self.inputs >= CALL_INPUTS):
+            await self.call.close()
+            self.call = None
+        if self.call is None:
+            graph = (Inlet().named("audio") >> swallow()) | (Inlet().named("control") >> swallow())
+            self.call, self.inputs = Call("fuzz", graph, None), 0
+            await self.call.start()
+        self.inputs += 1
+        return self.call
+
+
+_calls = Calls()
+
+
+def plain_message(data: bytes) -> None:
+    """A message, sound and a query of the plain protocol: taken, or an error of the kinds that clients are told."""
+
+    async def main() -> None:
+        call = await _calls.next()
+        text = data.decode(errors="replace")
+        try:
+            await plain._obey(call, text)
+        except (ValueError, CallError) as error:
+            common.refusal(error)
+        try:
+            await call.hear(common.from_pcm16(data), 16000)
+        except ValueError as error:
+            common.refusal(error)
+        names = ("language", "lookahead_ms", "endpoint_ms")
+        try:
+            plain.options_of(dict(zip(names, text.split("&"), strict=False)))
+        except ValueError as error:
+            common.refusal(error)
+
+    run(main())
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "sdp": sdp,
+    "answer": answer,
+    "stun": stun,
+    "plain": plain_message,
+}
+
+SHORT_PRIORITY = struct.pack("!HHH2x", 0x24, 2, 1)
+
+SEEDS: dict[str, list[bytes]] = {
+    "sdp": [b"", offer().encode()],
+    "answer": [b"", bytes([0, 9, 0, 0]), bytes([4, 12, 7, 65, 1, 20, 2, 0])],
+    "stun": [
+        struct.pack("!HHI12s", 1, len(SHORT_PRIORITY), COOKIE, b"transaction!") + SHORT_PRIORITY,
+        struct.pack("!HHIHHQ", 0x24, 4, 1, 0x802A, 8, 1),
+        struct.pack("!HHHHI", 0x25, 0, 0x24, 4, 7),
+        b"\x80" + bytes(99),
+    ],
+    "plain": [
+        b'{"type":"control","name":"turns","data":{"mode":"vad"}}',
+        b'{"type":"played","epoch":0,"seconds":1.5}',
+        b'{"type":"interrupt"}',
+        b'{"type":"finish"}',
+    ],
+}
