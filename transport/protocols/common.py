@@ -75,3 +75,10 @@ async def until_one_ends(*directions: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def foreign(language: str | None, native: str | None) -> dict[str, Any]:
+    """The option ``language``, unless it is the ``native`` one (``en-GB`` is ``en``), that a model is not told."""
+    if not language or (native is not None and language.partition("-")[0].lower() == native):
+        return {}
+    return {"language": language[:40]}
