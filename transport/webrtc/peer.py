@@ -54,11 +54,20 @@ VIDEO_RATE = 90000
 class Handler(Protocol):
     """What speaks on the data channel: the client's messages to the call, the call's items to the client."""
 
+    async def start(self) -> None:
+        """The peer runs: say hello."""
+
     async def handle(self, text: str) -> None:
         """A message from the client."""
 
     async def item(self, item: Item) -> None:
-        """Something the call put out; sound is on its way by the audio track already."""
+        """Something the call put out; sound goes by the audio track."""
+
+    async def played(self) -> None:
+        """Sound has left, and ``Call.played`` been told so."""
+
+    async def finish(self) -> None:
+        """The call has ended."""
 
 
 class NeverConnected(ConnectionError):
@@ -69,8 +78,9 @@ class Peer:
     """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
 
     handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
-    127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. pictures:
-    looked at in a second. after: the number of the last item the client saw, None for where the last reader stopped.
+    127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. rate: hertz
+    of the sound that a new call hears. pictures: looked at in a second. after: the number of the last item that the
+    client saw, None for where the last reader stopped.
     """
 
     def __init__(
@@ -80,15 +90,16 @@ class Peer:
         *,
         loopback: bool = False,
         denied: Iterable[Network] = DENIED,
+        rate: int = RATE,
         pictures: float = PICTURES,
         after: int | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.call, self.after, self.pictures = call, after, pictures
+        self.call, self.after, self.pictures, self.rate = call, after, pictures, rate
         self.clock = clock or running_clock()
         self.guard = Guard(self.clock)
         self.counts: Counter[str] = Counter()  # unsent, unread, unlooked: messages and pictures left out
-        self.sender = AudioSender(call.played, epoch=lambda: call.session.epoch, clock=self.clock)
+        self.sender = AudioSender(self._heard, epoch=lambda: call.session.epoch, clock=self.clock)
         self.receiver: AudioReceiver | None = None
         self._loopback, self._denied = loopback, (*denied, *(() if loopback else LOOPBACK))
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
@@ -100,6 +111,7 @@ class Peer:
         self._channel_offered = False
         self._open = asyncio.Event()  # the data channel is, or never will be
         self._messages: asyncio.Queue[str] = asyncio.Queue(UNREAD_MESSAGES)
+        self._played = asyncio.Event()  # sound has left since the handler was told
         self._connected = asyncio.Event()
         self._gone = asyncio.Event()
         self._pc.on("connectionstatechange", self._on_state)
@@ -162,7 +174,7 @@ class Peer:
         Raises NeverConnected, ConnectionLost when the client vanished, and what ``Call.items`` and the handler raise.
         """
         watch = asyncio.create_task(self._watch())
-        jobs: list[Coroutine[Any, Any, None]] = [self._speak(), self._hear(), self._read()]
+        jobs: list[Coroutine[Any, Any, None]] = [self._speak(), self._hear(), self._read(), self._tell_played()]
         if self._camera is not None:
             jobs += [self._look(self._camera), self._show()]
         tasks = {watch, *map(asyncio.create_task, jobs)}
@@ -247,7 +259,7 @@ class Peer:
     async def _hear(self) -> None:
         if self.receiver is None:
             return
-        resampler = Resampler(RATE, self.call.rate or RATE)  # a resumed call keeps the rate it began with
+        resampler = Resampler(RATE, self.call.rate or self.rate)  # a resumed call keeps the rate it began with
         async for frame in self.receiver:
             await self.call.hear(resampler.push(frame.samples), resampler.rate)
 
@@ -296,8 +308,21 @@ class Peer:
             self.take(data)
 
     async def _read(self) -> None:
-        while self.handler is not None:
+        if self.handler is None:
+            return
+        await self.handler.start()
+        while True:
             await self.handler.handle(await self._messages.get())
+
+    async def _tell_played(self) -> None:
+        while self.handler is not None:
+            await self._played.wait()
+            self._played.clear()
+            await self.handler.played()
+
+    def _heard(self, epoch: int, seconds: float) -> None:
+        self.call.played(epoch, seconds)
+        self._played.set()
 
     # ---------------------------------------------------------------- out
 
@@ -334,6 +359,8 @@ class Peer:
                 self.sender.flush(self.call.session.epoch)
             elif self._speaks:
                 await self.sender.write(chunk.samples, chunk.rate, chunk.epoch, chunk.start_seconds, chunk.final)
+        if self.handler is not None:
+            await self.handler.finish()
         await self.sender.drained()
         self._gone.set()
 

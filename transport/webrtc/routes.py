@@ -25,10 +25,12 @@ from ..protocols import plain
 from ..service import ConnectionLost, Full, NoSuchCall, Service
 from ..tokens import BadToken
 from .peer import Handler, NeverConnected, Peer
+from .receiver import RATE
 from .sdp import LONGEST
 
 SDP = "application/sdp"
 LONGEST_BODY = LONGEST + 64 * 1024  # bytes: an offer, and what comes with it
+OPENAI_RATE = 24000  # hertz of ``audio/pcm``, a session's input format unless it says otherwise
 _CALLS = "/v1/realtime/calls"
 
 _log = logging.getLogger(__name__)
@@ -78,12 +80,18 @@ class _Peers:
         """OpenAI's: multipart ``sdp`` and ``session`` (JSON), or the offer alone; events on channel ``oai-events``."""
         if request.method == "OPTIONS":
             return Response(headers={"Accept-Post": f"multipart/form-data, {SDP}"})
-        from ..protocols.realtime import Realtime
+        from ..protocols.realtime import Realtime  # here, so that only its callers need what it needs
+
+        def speaking(peer: Peer) -> Handler:
+            async def send(event: dict[str, Any]) -> None:
+                await peer.send(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+            return Realtime(peer.call, send, audio_in_band=False, model=self.service.name)
 
         try:
             _accept(request, SDP)
             offer, session = await _form(request)
-            id, peer, answer = await self._start(request, offer, lambda peer: Realtime(peer.call, peer.send))
+            id, peer, answer = await self._start(request, offer, speaking, rate=OPENAI_RATE)
             if session is not None:
                 peer.take(json.dumps({"type": "session.update", "session": session}))
         except _REFUSED as error:
@@ -126,6 +134,7 @@ class _Peers:
         offer: str,
         handler: Callable[[Peer], Handler] | None = None,
         *,
+        rate: int = RATE,
         options: Mapping[str, Any] | None = None,
         resume: str | None = None,
         after: int | None = None,
@@ -136,7 +145,7 @@ class _Peers:
 
         async def serve() -> None:
             async with self.service.connect(options, resume=resume) as call:
-                peer = Peer(call, handler, loopback=_is_local(request), after=after)
+                peer = Peer(call, handler, loopback=_is_local(request), rate=rate, after=after)
                 try:
                     answer = await peer.answer(offer)
                     self.running[id] = peer, task
@@ -170,6 +179,15 @@ class Events:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
+
+    async def start(self) -> None:
+        """See ``Handler``; the answer to the offer has said everything."""
+
+    async def played(self) -> None:
+        """See ``Handler``."""
+
+    async def finish(self) -> None:
+        """See ``Handler``; the connection's end says it."""
 
     async def handle(self, text: str) -> None:
         """See ``Handler``. What is wrong with a message is answered by an ``error``."""
