@@ -141,8 +141,7 @@ connection.addEventListener("message", ({ detail: message }) => {
 const TAKE = {
   partial: (message) => captions.partial(message),
   final(message) {
-    captions.final(message);
-    latency.final();
+    if (captions.final(message)) latency.final();
     saveable();
   },
   speech_start(message) {

@@ -2,6 +2,8 @@
 
 import { clock } from "./waves.js";
 
+const OVERLAP = 0.1; // seconds that captions may
+
 export class Captions {
   #finals = [];
   #list = document.getElementById("finals");
@@ -29,15 +31,19 @@ export class Captions {
     this.#follow();
   }
 
+  /** Whether it was a caption: text for a span of media that is settled already is the reply's. */
   final(message) {
-    this.#partial.hidden = true;
-    if (!message.text?.trim()) return;
+    const reply = message.start < (this.#finals.at(-1)?.end ?? 0) - OVERLAP;
+    if (!reply) this.#partial.hidden = true;
+    if (!message.text?.trim()) return !reply;
     this.#empty.hidden = true;
-    this.#finals.push(message);
+    if (!reply) this.#finals.push(message);
     const item = document.createElement("li");
-    item.append(...line(message));
+    if (reply) item.className = "said";
+    item.append(...line(reply ? { text: message.text } : message));
     this.#list.append(item);
     this.#follow();
+    return !reply;
   }
 
   text() {

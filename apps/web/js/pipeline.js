@@ -1,6 +1,9 @@
-// The server's drawing of its graph, put into a shadow tree: its own style sheet stays its own.
+// The server's drawing of its graph, put into a shadow tree. Its style sheet is adopted as an object: the page's
+// security policy lets no <style> element apply.
 
 import { ask } from "./connection.js";
+
+const STYLE = /<style>([^<]*)<\/style>/g;
 
 export class Pipeline {
   #root;
@@ -13,12 +16,12 @@ export class Pipeline {
   /** Draw the graph, with the call's queues where a call is given. */
   async load(call = null) {
     const path = call ? `/graph.svg?call=${encodeURIComponent(call)}` : "/graph.svg";
-    const picture = new DOMParser().parseFromString(await (await ask(path)).text(), "image/svg+xml").documentElement;
+    const drawing = await (await ask(path)).text();
+    const styles = [...drawing.matchAll(STYLE)].map((found) => found[1]);
+    const picture = new DOMParser().parseFromString(drawing.replace(STYLE, ""), "image/svg+xml").documentElement;
     if (picture.localName !== "svg") throw new Error("The server's drawing of the graph is not an SVG.");
     const sheet = new CSSStyleSheet();
-    const styles = [...picture.querySelectorAll("style")];
-    sheet.replaceSync(themed(styles.map((one) => one.textContent).join("\n")));
-    for (const one of styles) one.remove();
+    sheet.replaceSync(themed(styles.join("\n")));
     this.#root.adoptedStyleSheets = [sheet];
     this.#root.replaceChildren(document.importNode(picture, true));
     this.#note.textContent = call ? "live, with this call's queues" : "the graph this server runs";

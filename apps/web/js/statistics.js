@@ -51,24 +51,21 @@ export class Statistics {
     this.#set("rtt", milliseconds.toFixed(milliseconds < 10 ? 1 : 0), "ms");
   }
 
-  /** The server's `stats` message; lost and received count packets, concealed, fec and decoded count samples. */
-  server(stats) {
-    if (Number.isFinite(stats.jitter_buffer_ms)) {
-      this.jitter = stats.jitter_buffer_ms;
-      this.#set("buffer", Math.round(stats.jitter_buffer_ms), "ms");
+  /** The server's `stats` message. receiver: packets lost and received, samples decoded, concealed, repaired. */
+  server({ receiver, sender, calls, depths }) {
+    if (receiver) {
+      const { lost, received, decoded, fec, concealed, silence } = receiver;
+      this.jitter = receiver.delay_ms;
+      this.#set("buffer", Math.round(this.jitter), "ms");
+      this.#set("loss", ...share(lost, lost + received));
+      const samples = decoded + fec + concealed + silence;
+      this.#set("concealed", ...share(concealed, samples));
+      this.#set("fec", ...share(fec, samples));
     }
-    if (Number.isFinite(stats.lost)) this.#set("loss", ...share(stats.lost, stats.lost + stats.received));
-    const samples = (stats.decoded ?? 0) + (stats.concealed ?? 0) + (stats.fec ?? 0) + (stats.silence ?? 0);
-    for (const key of ["concealed", "fec"]) {
-      if (!Number.isFinite(stats[key])) continue;
-      if (Number.isFinite(stats.decoded)) this.#set(key, ...share(stats[key], samples));
-      else this.#set(key, stats[key].toLocaleString("en"), "samples");
-    }
-    if (Number.isFinite(stats.calls)) this.limits({ ...this.#info, calls: stats.calls });
-    if (stats.depths) {
-      const queues = Object.entries(stats.depths).map(([name, depth]) => `${name} ${typeof depth === "number" ? +depth.toFixed(2) : depth}`);
-      this.#set("depths", queues.join(" · ") || "all empty");
-    }
+    if (Number.isFinite(calls)) this.limits({ ...this.#info, calls });
+    const queues = Object.entries(depths ?? {}).map(([name, depth]) => `${name} ${depth}`);
+    if (sender) queues.push(`reply to send ${sender.queued_ms} ms`);
+    this.#set("depths", queues.join(" · ") || "empty");
   }
 
   /** report: RTCStatsReport. */
