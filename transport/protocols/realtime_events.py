@@ -1,0 +1,193 @@
+"""OpenAI's Realtime API, GA: what clients send, as validated messages.
+
+Shapes follow the client events of the public API reference and of the ``openai`` package (``types/realtime``). What the
+API knows and this server cannot act on is taken and left out of the session that clients are shown; what the API does
+not know is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Pcm(_Strict):
+    type: Literal["audio/pcm"] = "audio/pcm"
+    rate: Literal[24000] = 24000
+
+
+class Pcmu(_Strict):
+    type: Literal["audio/pcmu"]
+
+
+class Pcma(_Strict):
+    type: Literal["audio/pcma"]
+
+
+Format = Annotated[Pcm | Pcmu | Pcma, Field(discriminator="type")]
+
+
+class ServerVad(_Strict):
+    type: Literal["server_vad"] = "server_vad"
+    threshold: float = 0.5
+    prefix_padding_ms: int = 300
+    silence_duration_ms: int = 500
+    idle_timeout_ms: int | None = None
+    create_response: bool = True
+    interrupt_response: bool = True
+
+
+class SemanticVad(_Strict):
+    type: Literal["semantic_vad"]
+    eagerness: Literal["low", "medium", "high", "auto"] = "auto"
+    create_response: bool = True
+    interrupt_response: bool = True
+
+
+TurnDetection = Annotated[ServerVad | SemanticVad, Field(discriminator="type")]
+
+
+class AudioInput(_Strict):
+    format: Format = Pcm()
+    turn_detection: TurnDetection | None = ServerVad()
+    transcription: Any = Field(default=None, exclude=True)
+    noise_reduction: Any = Field(default=None, exclude=True)
+
+
+class AudioOutput(_Strict):
+    format: Format = Pcm()
+    voice: str | dict[str, Any] | None = None
+    speed: Any = Field(default=None, exclude=True)
+
+
+class AudioConfig(_Strict):
+    input: AudioInput = AudioInput()
+    output: AudioOutput = AudioOutput()
+
+
+class Session(_Strict):
+    """A session as the client asks for it; what is dumped of it is what it gets."""
+
+    type: Literal["realtime", "transcription"] = "realtime"
+    audio: AudioConfig = AudioConfig()
+    instructions: str = ""
+    output_modalities: list[Literal["text", "audio"]] = Field(["audio"], min_length=1, max_length=1)
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    model: str | None = None
+    include: Any = Field(default=None, exclude=True)
+    max_output_tokens: Any = Field(default=None, exclude=True)
+    parallel_tool_calls: Any = Field(default=None, exclude=True)
+    prompt: Any = Field(default=None, exclude=True)
+    reasoning: Any = Field(default=None, exclude=True)
+    tracing: Any = Field(default=None, exclude=True)
+    truncation: Any = Field(default=None, exclude=True)
+
+
+class _Content(_Strict):
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class Message(_Strict):
+    type: Literal["message"]
+    role: Literal["user", "system", "assistant"]
+    content: list[_Content]
+    id: str | None = Field(None, max_length=64)
+    object: Literal["realtime.item"] = "realtime.item"
+    status: Literal["completed", "incomplete", "in_progress"] = "completed"
+
+
+class FunctionCall(_Strict):
+    type: Literal["function_call"]
+    name: str
+    arguments: str
+    call_id: str | None = None
+    id: str | None = Field(None, max_length=64)
+    object: Literal["realtime.item"] = "realtime.item"
+    status: Literal["completed", "incomplete", "in_progress"] = "completed"
+
+
+class FunctionCallOutput(_Strict):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+    id: str | None = Field(None, max_length=64)
+    object: Literal["realtime.item"] = "realtime.item"
+    status: Literal["completed", "incomplete", "in_progress"] = "completed"
+
+
+ConversationItem = Annotated[Message | FunctionCall | FunctionCallOutput, Field(discriminator="type")]
+
+
+class _Event(_Strict):
+    event_id: str | None = Field(None, max_length=512)
+
+
+class SessionUpdate(_Event):
+    type: Literal["session.update"]
+    session: dict[str, Any]
+
+
+class Append(_Event):
+    type: Literal["input_audio_buffer.append"]
+    audio: str
+
+
+class Commit(_Event):
+    type: Literal["input_audio_buffer.commit"]
+
+
+class Clear(_Event):
+    type: Literal["input_audio_buffer.clear"]
+
+
+class ClearOutput(_Event):
+    type: Literal["output_audio_buffer.clear"]
+
+
+class CreateItem(_Event):
+    type: Literal["conversation.item.create"]
+    item: ConversationItem
+    previous_item_id: str | None = None
+
+
+class DeleteItem(_Event):
+    type: Literal["conversation.item.delete"]
+    item_id: str
+
+
+class RetrieveItem(_Event):
+    type: Literal["conversation.item.retrieve"]
+    item_id: str
+
+
+class TruncateItem(_Event):
+    type: Literal["conversation.item.truncate"]
+    item_id: str
+    content_index: Literal[0]
+    audio_end_ms: int = Field(ge=0)
+
+
+class CreateResponse(_Event):
+    type: Literal["response.create"]
+    response: dict[str, Any] = {}
+
+
+class CancelResponse(_Event):
+    type: Literal["response.cancel"]
+    response_id: str | None = None
+
+
+ClientEvent = Annotated[
+    SessionUpdate | Append | Commit | Clear | ClearOutput | CreateItem | DeleteItem | RetrieveItem | TruncateItem
+    | CreateResponse | CancelResponse,
+    Field(discriminator="type"),
+]  # fmt: skip
+
+CLIENT_EVENT: TypeAdapter[Any] = TypeAdapter(ClientEvent)
