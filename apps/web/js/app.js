@@ -10,7 +10,7 @@ import { Statistics } from "./statistics.js";
 import { Waves } from "./waves.js";
 
 const TICK_MS = 40;
-const DRAW_MS = 2000;
+const DRAW_MS = 3000;
 const STATES = {
   closed: "Not connected",
   connecting: "Connecting…",
@@ -260,6 +260,7 @@ async function draw() {
   if (document.hidden) return;
   try {
     await pipeline.load(connection.state === "connected" ? connection.call : null);
+    if (connection.state === "connected") statistics.limits(await (await ask("/info")).json());
   } catch (error) {
     $("pipeline-note").textContent = error.message;
   }

@@ -47,6 +47,7 @@ export class Connection extends EventTarget {
   state = "closed";
   rtt = null; // milliseconds, of the last ping
   #pc = null;
+  #lostOnes = []; // kept until the call goes on elsewhere: closing one tells the server that the call is over
   #channel = null;
   #resume = null;
   #last = 0;
@@ -135,6 +136,7 @@ export class Connection extends EventTarget {
     await opened(channel);
     if (pc !== this.#pc) return;
     this.#attempt = 0;
+    this.#bury();
     this.#every(PING_MS, () => this.send({ type: "ping", t: performance.now() }));
     this.#every(STATS_MS, async () => {
       this.send({ type: "stats" });
@@ -165,9 +167,10 @@ export class Connection extends EventTarget {
 
   #lost() {
     if (this.state === "closed" || this.state === "connecting") return;
-    this.#drop();
+    if (this.#pc) this.#lostOnes.push(this.#pc);
+    this.#forget();
     if (!this.#resume || this.#attempt >= RETRIES_MS.length) {
-      this.#become("closed");
+      this.close();
       this.#tell("problem", "The connection was lost and could not be made again. Press Connect to start a new call.");
       return;
     }
@@ -192,11 +195,19 @@ export class Connection extends EventTarget {
   }
 
   #drop() {
+    this.#pc?.close();
+    this.#forget();
+    this.#bury();
+  }
+
+  #forget() {
     for (const timer of this.#timers) clearTimeout(timer);
     this.#timers = [];
-    const pc = this.#pc;
     this.#pc = this.#channel = null;
-    pc?.close();
+  }
+
+  #bury() {
+    for (const pc of this.#lostOnes.splice(0)) pc.close();
   }
 
   #every(milliseconds, action) {

@@ -22,6 +22,7 @@ export class Pipeline {
     if (picture.localName !== "svg") throw new Error("The server's drawing of the graph is not an SVG.");
     const sheet = new CSSStyleSheet();
     sheet.replaceSync(themed(styles.join("\n")));
+    picture.setAttribute("part", "graph");
     this.#root.adoptedStyleSheets = [sheet];
     this.#root.replaceChildren(document.importNode(picture, true));
     this.#note.textContent = call ? "live, with this call's queues" : "the graph this server runs";

@@ -1,0 +1,209 @@
+"""The browser demo in Chromium against the real server: loads under its own security policy, hears, and captions.
+
+The screenshot of the documentation is taken on the way where ANTIPHON_SCREENSHOT names a file for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import av
+import jiwer
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+SAMPLE = Path(__file__).parents[2] / "apps" / "samples" / "two_cities.flac"
+SAID = (
+    "it was the best of times it was the worst of times it was the age of wisdom it was the age of foolishness "
+    "it was the epoch of belief it was the epoch of incredulity"
+)
+UNKNOWN = "\N{EN DASH}"  # a figure that has not come
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+    "--allow-loopback-in-peer-connection",
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """``antiphon serve``, warm; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from antiphon.apps.cli import main; main()", "serve", "--port", str(port)]
+    process = subprocess.Popen([*command, "--graph", "parrot"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    address = f"http://127.0.0.1:{port}"
+    try:
+        until = time.monotonic() + 90
+        while not _ready(address):
+            assert process.poll() is None, "the server ended before it was ready"
+            assert time.monotonic() < until, "the server did not become ready"
+            time.sleep(0.1)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
+            return bool(response.status == 200)
+    except urllib.error.URLError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample as Chromium's microphone plays it: 48 kHz WAV."""
+    path = tmp_path_factory.mktemp("speech") / "speech.wav"
+    resampler = av.AudioResampler("s16", "mono", 48000)
+    with av.open(str(SAMPLE)) as source, av.open(str(path), "w") as sink:
+        stream = sink.add_stream("pcm_s16le", rate=48000, layout="mono")
+        for frame in source.decode(audio=0):
+            for part in resampler.resample(frame):
+                sink.mux(stream.encode(part))
+        sink.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(speech: Path) -> Iterator[Any]:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=[*FLAGS, f"--use-file-for-fake-audio-capture={speech}"]
+        )
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page that notes what must not happen."""
+
+    def __init__(self, browser: Any, address: str, **options: Any) -> None:
+        self.page = browser.new_page(viewport={"width": 1360, "height": 1080}, **options)
+        self.complaints: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("console", lambda said: said.type in ("error", "warning") and self.complaints.append(said.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        response = self.page.goto(address)
+        self.policy = response.headers.get("content-security-policy", "")
+
+    def shows(self, selector: str, seconds: float = 30) -> None:
+        self.page.wait_for_selector(selector, timeout=1000 * seconds)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_loads_alone(browser: Any, server: str, scheme: str) -> None:
+    visit = Visit(browser, server, color_scheme=scheme)
+    page = visit.page
+    page.wait_for_function("document.getElementById('model').textContent.includes('parameters')")
+    page.wait_for_function("document.getElementById('pipeline').shadowRoot.querySelector('svg')")
+    assert "default-src 'self'" in visit.policy
+    assert "unsafe" not in visit.policy
+    assert visit.complaints == []
+    assert visit.hosts == {urlsplit(server).netloc}
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, select, input, meter, canvas, video')].filter(
+        (one) => !(one.ariaLabel || one.textContent.trim() || one.labels?.length)).map((one) => one.outerHTML)"""
+    )
+    assert nameless == []
+    page.close()
+
+
+def test_a_call_is_captioned(browser: Any, server: str, tmp_path: Path) -> None:
+    visit = Visit(browser, server, color_scheme="light")
+    page = visit.page
+    page.keyboard.press("c")
+    visit.shows("#state[data-state=connected]")
+    visit.shows(".turn-row", 60)
+    page.wait_for_function(
+        """(count) => [...document.querySelectorAll('#finals li:not(.said) > span')]
+        .map((one) => one.textContent).join(' ').split(' ').length >= count""",
+        arg=len(SAID.split()),
+        timeout=60000,
+    )
+    heard = " ".join(page.locator("#finals li:not(.said) > span").all_inner_texts())
+    words = heard.split()[: len(SAID.split())]
+    assert jiwer.wer(SAID, " ".join(words)) < 0.5
+    assert page.locator("#problem").is_hidden()
+    page.wait_for_function("document.getElementById('level').value > 0.3")
+    page.wait_for_function("document.getElementById('reply-level').value > 0.3")
+    assert UNKNOWN not in page.locator("#stats dd").all_inner_texts()
+    if "ANTIPHON_SCREENSHOT" in os.environ:
+        page.screenshot(path=os.environ["ANTIPHON_SCREENSHOT"])
+
+    with page.expect_download() as saving:
+        page.click("#save-vtt")
+    saved = tmp_path / "captions.vtt"
+    saving.value.save_as(saved)
+    assert saved.read_text().startswith("WEBVTT\n\n1\n00:00:0")
+
+    page.fill("#filter", "turn_end")
+    assert page.locator("#log details:visible .type").first.inner_text() == "turn_end"
+    assert set(page.locator("#log details:visible .type").all_inner_texts()) == {"turn_end"}
+
+    page.click("#connect")
+    visit.shows("#state[data-state=closed]")
+    assert visit.complaints == []
+    assert visit.hosts == {urlsplit(server).netloc}
+    page.close()
+
+
+def test_what_goes_wrong_is_said_in_plain_words(browser: Any, server: str) -> None:
+    visit = Visit(browser, server)
+    page = visit.page
+    page.route("**/rtc/offer", lambda route: route.fulfill(status=503, body="{}"))
+    page.click("#connect")
+    visit.shows("#problem:not([hidden])")
+    assert "full" in page.inner_text("#problem")
+    assert page.get_attribute("#state", "data-state") == "closed"
+    page.close()
+
+
+def test_a_call_that_was_cut_comes_back(browser: Any, server: str) -> None:
+    """The page closes a data channel that the network took, and goes on with the same call."""
+    visit = Visit(browser, server)
+    page = visit.page
+    page.evaluate(
+        """() => { const create = RTCPeerConnection.prototype.createDataChannel;
+        RTCPeerConnection.prototype.createDataChannel = function (...given) {
+          globalThis.lately = this; return (globalThis.channel = create.apply(this, given)); } }"""
+    )
+    calls: list[str] = []
+    page.on("response", lambda got: got.url.endswith("/rtc/offer") and calls.append(got.json()["call"]))
+    page.click("#connect")
+    visit.shows("#state[data-state=connected]")
+    visit.shows("#partial:not([hidden]), #finals li")
+    page.evaluate("globalThis.first = channel, channel.dispatchEvent(new Event('close'))")
+    page.wait_for_function("globalThis.first !== globalThis.channel && channel.readyState === 'open'", timeout=20000)
+    visit.shows("#state[data-state=connected]")
+    assert len(set(calls)) == 1
+    assert len(calls) == 2
+    assert page.locator("#problem").is_hidden()
+    page.close()
