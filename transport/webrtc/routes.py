@@ -110,7 +110,9 @@ class _Peers:
                 raise BadRequest(400, "an offer has sdp (text) and perhaps options (an object)")
             if not isinstance(resume, str | None) or not (after is None or type(after) is int):
                 raise BadRequest(400, "resume is the text that the last answer gave, after the number of an item")
-            _, peer, answer = await self._start(request, offer, Events, options=options, resume=resume, after=after)
+            _, peer, answer = await self._start(
+                request, offer, lambda peer: Events(peer, self.service), options=options, resume=resume, after=after
+            )
         except _REFUSED as error:
             return _refuse(error)
         call = peer.call
@@ -174,11 +176,12 @@ class _Peers:
 
 class Events:
     """The plain protocol's JSON on a data channel, and what WebRTC adds: ``ping`` is answered by ``pong`` with the same
-    ``t``, ``stats`` by ``Peer.statistics``. Sound goes by the audio track.
+    ``t``, ``stats`` by ``Peer.statistics``, ``depths`` (chunks in the graph's queues that are not empty) and ``calls``
+    (on the server). Sound goes by the audio track.
     """
 
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
+    def __init__(self, peer: Peer, service: Service) -> None:
+        self.peer, self.service = peer, service
 
     async def start(self) -> None:
         """See ``Handler``; the answer to the offer has said everything."""
@@ -196,7 +199,10 @@ class Events:
             if message.get("type") == "ping":
                 await self._send({"type": "pong", "t": message.get("t")})
             elif message.get("type") == "stats":
-                await self._send({"type": "stats", **self.peer.statistics()})
+                edges = self.peer.call.session.edges.values()
+                depths = {edge.name: len(edge) for edge in edges if len(edge)}
+                figures = {**self.peer.statistics(), "depths": depths, "calls": len(self.service.calls)}
+                await self._send({"type": "stats", **figures})
             else:
                 await plain._obey(self.peer.call, text)
         except (ValueError, CallError) as error:

@@ -196,6 +196,10 @@ def test_what_is_said_comes_back_and_the_channel_speaks() -> None:
             assert stats["receiver"]["received"] > 50
             assert stats["sender"]["packets"] > 50
             assert stats["datagrams"]["malformed"] == 0
+            assert stats["calls"] == 1
+            assert isinstance(stats["depths"], dict)
+            browser.send(type="interrupt")
+            assert (await browser.next("interrupted"))["data"]["epoch"] == 1
             browser.send(type="nonsense")
             assert "nonsense" in (await browser.next("error"))["message"]
             call = server.service.calls[body["call"]]
