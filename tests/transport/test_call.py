@@ -37,6 +37,13 @@ async def reply(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
         yield Audio(samples=chunk.samples, rate=chunk.rate, start=chunk.start)
 
 
+@stage(name="call_test_input", lasting=True)
+async def echo_of_input(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
+    """Something about the input, that an interruption does not end."""
+    async for chunk in audio:
+        yield Audio(samples=chunk.samples, rate=chunk.rate, start=chunk.start)
+
+
 @stage(name="call_test_full")
 async def full(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
     """Leases from an engine that is full."""
@@ -296,3 +303,19 @@ def test_tokens() -> None:
         signer.check("resume", "")
     with pytest.raises(ValueError, match="32 or more"):
         Signer("short")
+
+
+def test_items_name_their_output_and_the_call_knows_which_outputs_are_replies() -> None:
+    def graph(options: object) -> Graph:
+        audio = Inlet().named("audio")
+        return (audio >> echo_of_input().named("captions")) | (audio >> reply().named("reply"))
+
+    async def main() -> None:
+        async with Service(graph, None).connect() as call:
+            await call.hear(BLOCK, 16000)
+            call.finish()
+            kinds = {item.source: type(item.chunk) async for item in call.items()}
+            assert kinds == {"captions": Audio, "reply": Audio}
+            assert call.replies == {"reply"}
+
+    run_virtual(main())

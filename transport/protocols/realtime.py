@@ -14,6 +14,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -249,6 +250,8 @@ class Realtime:
             raise BadEvent(
                 f"audio_end_ms={event.audio_end_ms}: the item has {(end - start) * 1000:.0f} ms", param="audio_end_ms"
             )
+        if self._sent_to is not None and self._sent_to[0] == epoch and self._sent_to[1] <= end:
+            self._sent_to = None  # the client knows better than the estimate
         self.call.played(epoch, start + event.audio_end_ms / 1000)
         self._truncated(event.item_id, event.audio_end_ms)
 
@@ -646,10 +649,9 @@ def routes(service: Service) -> list[BaseRoute]:
                 realtime = Realtime(
                     call, socket.send_json, audio_in_band=True, model=service.name or query.get("model", ""), type=type
                 )
-                await realtime.start()
-                code, reason = await _converse(socket, call, realtime)
-        except ConnectionLost:
-            return
+                with suppress(ConnectionLost):  # the protocol has no way back into a call: it ends
+                    await realtime.start()
+                    code, reason = await _converse(socket, call, realtime)
         except Full as error:
             await _refuse(socket, "rate_limit_exceeded", error)
             code, reason = TRY_LATER, str(error)
