@@ -141,7 +141,7 @@ class Call:
 
     @property
     def replies(self) -> frozenset[str]:
-        """The sources whose items answer the client: of stages that an interruption stops. Others are about its input."""
+        """The sources whose items answer the client: stages that an interruption stops; others tell of its input."""
         return self._replies
 
     @property
@@ -201,7 +201,8 @@ class Call:
         ports = [(port.stage, edge.name) for port, edge in self.session.edges.items() if isinstance(port, Port)]
         self._replies = frozenset(name for stage, name in ports if not stage.lasting)
         self.session.own(_Fence(self))
-        self._pump = asyncio.create_task(self._run([name for _, name in ports]), name=f"call {self.id}")
+        sources = [name for _, name in ports]
+        self._pump = asyncio.create_task(self._run(sources), name=f"call {self.id}")
         await self.session.opened()
         if self.session.error is not None:
             await self.close()
