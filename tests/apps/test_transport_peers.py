@@ -1,0 +1,51 @@
+"""The benchmark of peers measures what it says: the lag of a chirp, frames with sound, the knee, the refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from unittest import mock
+
+import aioice.ice
+import numpy as np
+import pytest
+
+from antiphon.apps.bench import transport_peers as bench
+from antiphon.codecs import opus
+
+
+@pytest.mark.parametrize("delay_ms", [5.0, 110.0, 640.0])
+def test_the_lag_of_each_chirp_is_found_through_opus_and_its_lookahead(delay_ms: float) -> None:
+    decoder = opus.decoder(bench.RATE)
+    heard = np.concatenate([decoder.decode(packet) for packet in bench.encoded(bench.chirps(bench.SENT_RATE, 6))])
+    delayed = np.concatenate([np.zeros(round(delay_ms / 1000 * bench.RATE), np.float32), heard])
+    began = 0.25
+    found = bench.lags(delayed[round(began * bench.RATE) :], began)
+    assert len(found) >= 4
+    assert found == pytest.approx([delay_ms + 6.5] * len(found), abs=0.3)
+
+
+def test_every_packet_of_the_test_sound_is_larger_than_one_of_silence() -> None:
+    encoder = opus.encoder(bench.SENT_RATE)
+    silence = [len(encoder.encode(np.zeros(480, np.float32))) for _ in range(30)]
+    assert max(silence[5:]) <= bench.SOUND_BYTES < min(map(len, bench.encoded(bench.chirps(bench.SENT_RATE, 10))))
+
+
+def row(peers: int, frames: float, late: float) -> dict[str, Any]:
+    return {"path": "antiphon", "peers": peers, "frames_a_second": frames, "late_ms_p99": late}
+
+
+def test_the_knee_is_before_the_first_number_that_fails() -> None:
+    rows = [row(30, 49.4, 3), row(10, 50, 3), row(20, 49.9, 19), row(40, 50, 3)]
+    assert bench.knee(rows, "antiphon") == 20
+    assert bench.knee([row(10, 50, 20.0)], "antiphon") == 0
+    assert bench.knee(rows, "aiortc") == 0
+
+
+def test_two_peers_get_their_sound_back_and_a_third_is_refused() -> None:
+    with mock.patch.object(aioice.ice, "get_host_addresses", return_value=["127.0.0.1"]):
+        found = asyncio.run(bench.peers("antiphon", 2, 1.0))
+    assert found["refused"]["status"] == 503
+    assert int(found["refused"]["retry_after"]) > 0
+    assert found["frames_a_second"] > 25
+    assert 0 < found["cpu"] < 1
