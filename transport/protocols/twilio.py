@@ -93,6 +93,8 @@ async def _started(socket: Socket) -> dict[str, Any] | None:
 
 async def _converse(service: Service, socket: Socket, start: Mapping[str, Any], native: str | None) -> None:
     given = start.get("customParameters") or {}
+    if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        raise BadMessage("customParameters is an object of texts")
     options = {name: given[name] for name in OPTIONS if name in given} | foreign(given.get("language"), native)
     async with service.connect(options) as call:
         try:
