@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LONGEST_INPUT = 4096  # bytes
-NAMES = ("sdp", "answer", "stun", "plain")
+NAMES = ("sdp", "answer", "stun", "plain", "realtime", "deepgram", "twilio", "wyoming")
 CODE = "antiphon.transport", "aiortc.sdp", "aioice"
 
 
@@ -57,7 +57,7 @@ def run(names: list[str], seconds: int, jobs: int, found: Path) -> int:
                 for name, (process, log, bar, began) in list(running.items()):
                     log.seek(0)
                     lines = log.read().splitlines()
-                    counts = [line.split()[0].lstrip("#") for line in lines if line.startswith("#")]
+                    counts = [line.split()[0][1:] for line in lines if line.startswith("#") and line[1:2].isdigit()]
                     bars.update(bar, completed=time.monotonic() - began, runs=f"{counts[-1] if counts else 0} runs")
                     if process.poll() is None:
                         continue

@@ -7,10 +7,13 @@ refused as its module documents, and raises for everything else. ``SEEDS`` are i
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from typing import Any
+from urllib.parse import parse_qsl
 
 from aioice import Candidate, Connection
 from aioice.ice import StunProtocol
@@ -19,9 +22,12 @@ from aiortc import RTCConfiguration, RTCPeerConnection
 
 from antiphon.pipelines.chunk import Chunk
 from antiphon.pipelines.clock import running_clock
+from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
 from antiphon.transport.call import Call, CallError
-from antiphon.transport.protocols import common, plain
+from antiphon.transport.protocols import common, deepgram, plain, twilio, wyoming
+from antiphon.transport.protocols.realtime import Realtime
+from antiphon.transport.service import ConnectionLost, Service
 from antiphon.transport.webrtc import ice
 from antiphon.transport.webrtc.peer import Peer
 from antiphon.transport.webrtc.sdp import BadOffer, check_offer
@@ -193,11 +199,22 @@ async def swallow(ctx: Context, source: Input) -> AsyncIterator[Chunk]:
             yield chunk
 
 
+def swallowing(options: Any = None) -> Graph:
+    """A graph that takes sound and control events."""
+    return (Inlet().named("audio") >> swallow()) | (Inlet().named("control") >> swallow())
+
+
+async def _sent(message: dict[str, Any]) -> None:
+    """Every message that is sent must be one that can be."""
+    json.dumps(message, ensure_ascii=False).encode()
+
+
 class Calls:
     """A call at a time, for so many inputs or until it ends."""
 
     def __init__(self) -> None:
         self.call: Call | None = None
+        self.realtime: Realtime | None = None
         self.inputs = 0
 
     async def next(self) -> Call:
@@ -206,9 +223,9 @@ class Calls:
             await self.call.close()
             self.call = None
         if self.call is None:
-            graph = (Inlet().named("audio") >> swallow()) | (Inlet().named("control") >> swallow())
-            self.call, self.inputs = Call("fuzz", graph, None), 0
+            self.call, self.inputs = Call("fuzz", swallowing(), None), 0
             await self.call.start()
+            self.realtime = Realtime(self.call, _sent, audio_in_band=True)
         self.inputs += 1
         return self.call
 
@@ -239,14 +256,105 @@ def plain_message(data: bytes) -> None:
     run(main())
 
 
+def realtime(data: bytes) -> None:
+    """OpenAI's events, one a line: every error is answered by an event, so nothing is raised."""
+
+    async def main() -> None:
+        await _calls.next()
+        assert _calls.realtime is not None
+        for line in data.decode(errors="replace").split("\n"):
+            await _calls.realtime.handle(line)
+
+    run(main())
+
+
+def deepgram_message(data: bytes) -> None:
+    """Deepgram's query and its text messages: ValueError or nothing."""
+    text = data.decode(errors="replace")
+    for parse in (lambda: deepgram.Settings.of(dict(parse_qsl(text)), "en").options, lambda: deepgram._type(text)):
+        try:
+            parse()
+        except ValueError:
+            continue
+
+
+class Lines:
+    """A websocket whose client sends lines, then closes; it stands in for ``Socket``."""
+
+    def __init__(self, data: bytes) -> None:
+        self.lines = deque(data.decode(errors="replace").split("\n"))
+
+    async def receive(self) -> str | None:
+        """See ``Socket``."""
+        return self.lines.popleft() if self.lines else None
+
+    async def send_json(self, message: Any) -> None:
+        """See ``Socket``."""
+        await _sent(message)
+
+
+def twilio_messages(data: bytes) -> None:
+    """A stream of Twilio's, one message a line: taken, or an error that closes it."""
+
+    async def main() -> None:
+        service, socket = Service(swallowing, None), Lines(data)
+        try:
+            start = await twilio._started(socket)  # type: ignore[arg-type]
+            if start is not None:
+                await twilio._converse(service, socket, start, "en")  # type: ignore[arg-type]
+        except (*common.TOLD, ConnectionLost):
+            return
+        finally:
+            await service.close()
+
+    run(main())
+
+
+class Writer:
+    """A connection whose client reads everything; it stands in for ``asyncio.StreamWriter``."""
+
+    def write(self, data: bytes) -> None:
+        """See ``StreamWriter``."""
+
+    async def drain(self) -> None:
+        """See ``StreamWriter``."""
+
+
+def wyoming_events(data: bytes) -> None:
+    """A connection of Wyoming's: answered, or ended as one that broke."""
+
+    async def main() -> None:
+        service, reader = Service(swallowing, None), asyncio.StreamReader(wyoming.LINE_BYTES)
+        reader.feed_data(data)
+        reader.feed_eof()
+        try:
+            await wyoming._Connection(service, reader, Writer(), "en").serve()  # type: ignore[arg-type]
+        except (EOFError, OSError, TimeoutError):
+            return
+        finally:
+            await service.close()
+
+    run(main())
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "sdp": sdp,
     "answer": answer,
     "stun": stun,
     "plain": plain_message,
+    "realtime": realtime,
+    "deepgram": deepgram_message,
+    "twilio": twilio_messages,
+    "wyoming": wyoming_events,
 }
 
 SHORT_PRIORITY = struct.pack("!HHH2x", 0x24, 2, 1)
+
+TWILIO_START = (
+    b'{"event":"connected"}\n{"event":"start","start":{"streamSid":"s","customParameters":{},"mediaFormat":'
+    + json.dumps(twilio.FORMAT).encode()
+    + b"}}\n"
+)
 
 SEEDS: dict[str, list[bytes]] = {
     "sdp": [b"", offer().encode()],
@@ -262,5 +370,35 @@ SEEDS: dict[str, list[bytes]] = {
         b'{"type":"played","epoch":0,"seconds":1.5}',
         b'{"type":"interrupt"}',
         b'{"type":"finish"}',
+        b"[" * 100_000,
+    ],
+    "realtime": [
+        b'{"type":"session.update","session":{"type":"realtime","audio":{"input":{"turn_detection":null}}}}',
+        b'{"type":"input_audio_buffer.append","audio":"AAAA"}\n{"type":"input_audio_buffer.commit"}',
+        b'{"type":"conversation.item.create","item":{"id":"a","type":"message","role":"user","content":[]}}\n'
+        b'{"type":"conversation.item.retrieve","item_id":"a"}\n{"type":"conversation.item.delete","item_id":"a"}',
+        b'{"type":"conversation.item.truncate","item_id":"a","content_index":0,"audio_end_ms":10}',
+        b'{"type":"response.create"}\n{"type":"response.cancel","event_id":"a"}',
+    ],
+    "deepgram": [
+        b"encoding=linear16&sample_rate=16000&endpointing=300&utterance_end_ms=1000&language=en",
+        b'{"type":"Finalize"}',
+        b"[" * 100_000,
+    ],
+    "twilio": [
+        TWILIO_START + b'{"event":"media","media":{"track":"inbound","payload":"AAAA"}}\n'
+        b'{"event":"mark","mark":{"name":"m1"}}\n{"event":"dtmf","dtmf":{"digit":"1"}}\n{"event":"stop"}',
+        TWILIO_START.replace(b"{}", b"[1]"),
+        TWILIO_START.replace(b"{}", b'{"language":[1],"lookahead_ms":{}}'),
+        TWILIO_START + b'{"event":"mark","mark":{"name":["m1"]}}',
+        TWILIO_START + b'{"event":"media","media":{"track":["inbound"],"payload":"\xff\xff"}}',
+    ],
+    "wyoming": [
+        b'{"type":"describe"}\n{"type":"transcribe","data":{"language":"en"}}\n',
+        b'{"type":"audio-start","data":{"rate":16000,"width":2,"channels":1}}\n'
+        b'{"type":"audio-chunk","data":{"rate":16000,"width":2,"channels":1},"payload_length":4}\n0000'
+        b'{"type":"audio-stop"}\n',
+        b'{"type":"ping","data_length":12}\n{"text":"\\n"}',
+        b"[" * 50_000 + b"\n",
     ],
 }
