@@ -92,6 +92,11 @@ def stock_routes() -> list[BaseRoute]:
     return [Route("/rtc/offer", offer, methods=["POST"])]
 
 
+def resident_bytes() -> int:
+    """Memory of this process."""
+    return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 class Usage:
     """CPU time, memory, and how late the event loop is, since the last time ``report`` was asked for."""
 
@@ -110,12 +115,11 @@ class Usage:
         """``GET /usage``."""
         del request
         now, cpu, late = time.monotonic(), time.process_time(), self._late or [0.0]
-        resident = int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
         found = {
             "seconds": now - self._since,
             "cpu_seconds": cpu - self._cpu,
             "late_ms_p99": float(np.percentile(late, 99)),
-            "rss_mib": resident / 2**20,
+            "rss_mib": resident_bytes() / 2**20,
         }
         self._late, self._since, self._cpu = [], now, cpu
         return JSONResponse(found)
@@ -309,13 +313,9 @@ async def _refusal(http: httpx.AsyncClient, payloads: Sequence[bytes]) -> dict[s
 
 
 def knee(rows: Sequence[Mapping[str, Any]], path: str) -> int:
-    """The largest number of peers up to which all went well; 0 for none."""
-    best = 0
-    for row in sorted((row for row in rows if row["path"] == path), key=lambda row: int(row["peers"])):
-        if row["frames_a_second"] < FRAMES or row["late_ms_p99"] >= LATE_MS:
-            break
-        best = int(row["peers"])
-    return best
+    """The largest number of peers of which all were carried; 0 for none. A smaller number may have failed by chance."""
+    carried = (row for row in rows if row["frames_a_second"] >= FRAMES and row["late_ms_p99"] < LATE_MS)
+    return max((int(row["peers"]) for row in carried if row["path"] == path), default=0)
 
 
 def verdict(numbers: Mapping[str, Any]) -> dict[str, Any]:
