@@ -25,8 +25,8 @@ class Turns(Stage):
     """Finds where a speaker begins, pauses, and has finished; interrupts the reply when speech begins during one.
 
     Inputs: ``audio`` of any rate; optionally ``text``, a recogniser's captions (what mode ``semantic`` goes by), and
-    ``control``, events: ``turns`` (changed settings), ``commit`` (end the turn now), ``clear`` (forget it). Settings
-    that cannot be are answered by an event ``error``.
+    ``control``, events: ``turns`` (changed settings), ``commit`` (end the turn now), ``clear`` (forget it), each acted
+    on when the sound from before it has been heard. Settings that cannot be are answered by an event ``error``.
 
     Outputs: ``events``: ``speech_start``, ``speech_stop``, ``turn_end`` (data: ``reason``, ``waited_ms``); and
     optionally ``turn``, the turn's sound at 16 kHz as it comes, from ``prefix_ms`` before its onset: ``final`` at its
@@ -63,11 +63,11 @@ class Turns(Stage):
         voice = await ctx.open(self.model)
         judge = None if self.smart_turn is None else await ctx.open(self.smart_turn)
         taker, windows, kept = TurnTaker(self.settings), _Windows(), _Kept()
+        waiting: deque[Event] = deque()  # control events from after sound that is still on its way
         while ready := await select(control, text, audio):
             chunk = ready.get_nowait()
             if ready is control and isinstance(chunk, Event):
-                for out in _told(chunk, taker, windows, kept):
-                    yield out
+                waiting.append(chunk)
             elif ready is text and isinstance(chunk, Text):
                 taker.text(round(chunk.end_seconds * RATE), final=chunk.final)
             elif ready is audio and isinstance(chunk, Audio):
@@ -82,6 +82,9 @@ class Turns(Stage):
                         taker.finished = float((await judge.step({"pcm": kept.recent()}))["finished"])
             elif chunk is not None:
                 raise TypeError(f"the input {ready.name!r} of turns does not take {chunk}")
+            while waiting and (audio.ended or waiting[0].start_seconds <= windows.heard_seconds):
+                for out in _told(waiting.popleft(), taker, windows, kept):
+                    yield out
         for event in taker.finish(windows.at):
             yield "events", event
             if event.name == "turn_end":
@@ -165,6 +168,11 @@ class _Windows:
         self._resampler: Resampler | None = None
         self._expected = 0  # where the next chunk should start, at its own rate
         self._pending = _NOTHING
+
+    @property
+    def heard_seconds(self) -> float:
+        """Media time that the sound taken reaches to, with what the resampler still holds."""
+        return 0.0 if self._resampler is None else self._expected / self._resampler.source_rate
 
     def push(self, chunk: Audio) -> Iterator[_Window]:
         """The windows that the chunk completes."""

@@ -240,7 +240,7 @@ def plain_message(data: bytes) -> None:
         call = await _calls.next()
         text = data.decode(errors="replace")
         try:
-            await plain._obey(call, text)
+            await plain.obey(call, text)
         except (ValueError, CallError) as error:
             common.refusal(error)
         try:

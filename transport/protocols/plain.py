@@ -31,10 +31,11 @@ def routes(service: Service) -> list[BaseRoute]:
     return [WebSocketRoute("/v1/stream", plain.serve)]
 
 
-def to_message(item: Item) -> dict[str, Any]:
+def to_message(item: Item, replies: frozenset[str] = frozenset()) -> dict[str, Any]:
     """An item as the JSON message that tells of it; times are seconds of media.
 
-    Text: type ``partial`` or ``final``, id, text, words, start, end. Event: type is its name, id, start, end, data.
+    Text: type ``partial`` or ``final``, id, reply (whether it is the graph's own, one of ``replies`` by its source),
+    text, words, start, end. Event: type is its name, id, start, end, data.
     Audio: type ``audio``, id, rate, epoch, start, final, and the bytes of 16-bit PCM that belong to it.
     """
     chunk = item.chunk
@@ -42,7 +43,8 @@ def to_message(item: Item) -> dict[str, Any]:
     if isinstance(chunk, Text):
         words = [{"text": word.text, "start": word.start, "end": word.end} for word in chunk.words]
         kind = "final" if chunk.final else "partial"
-        return {"type": kind, "id": item.id, "text": chunk.text, "words": words, "start": start, "end": end}
+        said = {"reply": item.source in replies, "text": chunk.text, "words": words}
+        return {"type": kind, "id": item.id, **said, "start": start, "end": end}
     if isinstance(chunk, Event):
         return {"type": chunk.name, "id": item.id, "start": start, "end": end, "data": dict(chunk.data)}
     if isinstance(chunk, Audio):
@@ -133,7 +135,7 @@ class _Plain:
                     if isinstance(message, bytes):
                         await call.hear(from_pcm16(message), rate)
                     else:
-                        await _obey(call, message)
+                        await obey(call, message)
                 except (ValueError, NoInlet) as error:
                     await socket.send_json(to_error(*_told(error)))
         except asyncio.CancelledError:
@@ -149,7 +151,7 @@ def _told(error: Exception) -> tuple[str, str]:
     return refusal(error)[0], str(error)
 
 
-async def _obey(call: Call, text: str) -> None:
+async def obey(call: Call, text: str) -> None:
     """A client's JSON message. Raises ValueError and NoInlet."""
     try:
         message = json.loads(text)
@@ -176,6 +178,6 @@ async def _obey(call: Call, text: str) -> None:
 
 async def _answer(socket: Socket, call: Call, after: int | None) -> None:
     async for item in call.items(after):
-        await socket.send_json(to_message(item))
+        await socket.send_json(to_message(item, call.replies))
         if isinstance(item.chunk, Audio):
             await socket.send_bytes(to_pcm16(item.chunk.samples))

@@ -204,13 +204,13 @@ class Events:
                 figures = {**self.peer.statistics(), "depths": depths, "calls": len(self.service.calls)}
                 await self._send({"type": "stats", **figures})
             else:
-                await plain._obey(self.peer.call, text)
+                await plain.obey(self.peer.call, text)
         except (ValueError, CallError) as error:
             await self._send(plain.to_error("bad_request", str(error)))
 
     async def item(self, item: Item) -> None:
         """See ``Handler``."""
-        message = plain.to_message(item)
+        message = plain.to_message(item, self.peer.call.replies)
         if message["type"] != "audio":
             await self._send(message)
 

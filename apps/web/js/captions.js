@@ -2,7 +2,6 @@
 
 import { clock } from "./waves.js";
 
-const OVERLAP = 0.1; // seconds that captions may
 
 export class Captions {
   #finals = [];
@@ -24,6 +23,7 @@ export class Captions {
 
   /** message: {text, start, end, words: [{text, start, end}]}, times in seconds of media. */
   partial(message) {
+    if (message.reply) return;
     this.#partial.hidden = !message.text;
     if (!message.text) return;
     this.#empty.hidden = true;
@@ -31,9 +31,9 @@ export class Captions {
     this.#follow();
   }
 
-  /** Whether it was a caption: text for a span of media that is settled already is the reply's. */
+  /** Whether it was a caption; else it is what the reply says. */
   final(message) {
-    const reply = message.start < (this.#finals.at(-1)?.end ?? 0) - OVERLAP;
+    const { reply } = message;
     if (!reply) this.#partial.hidden = true;
     if (!message.text?.trim()) return !reply;
     this.#empty.hidden = true;
