@@ -4,7 +4,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench fuzz clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -34,6 +34,11 @@ lint: $(VENV)/.installed-$(EXTRAS)
 bench: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/antiphon bench runtime
 	$(BIN)/antiphon bench asr
+	$(BIN)/antiphon bench transport_loss
+	$(BIN)/antiphon bench transport_peers
+
+fuzz: $(VENV)/.installed-$(EXTRAS)  ## a minute on everything that strangers may send; needs the fuzz extra
+	$(BIN)/python tests/fuzz/run.py --seconds 60
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,7 +11,7 @@ process keeps to a core of its own where there are two.
 - *peers*: how many the server carries at 50 frames a second each way. Frames count as delivered when they carry sound:
   a server that fills gaps with silence gains nothing. The knee is the largest number with at least 49.5 of them a
   second for the mean peer and an event loop at most 20 ms late in 99 of 100 looks (one every 10 ms).
-- *refusal*: what the offer after the last place gets, and that the others are still served.
+- *refusal*: what the offer after the last place gets.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "asr": "streaming recognition: step time, sessions in real time, beside other implementations",
     "runtime": "what the graph itself costs a chunk",
     "transport_loss": "speech over a network that loses packets, beside aiortc's own receiver",
+    "transport_peers": "mouth to ear through an echo, and how many peers a core carries, beside aiortc alone",
 }
 RECIPES = {
     "asr": "the embedded recogniser, from speech with transcripts and a teacher",

@@ -170,7 +170,7 @@ def stun(data: bytes) -> None:
         protocol = StunProtocol(connection)
         protocol.connection_made(Nowhere())
         protocol.local_candidate = Candidate("1", 1, "udp", 1, "192.0.2.9", 5000, "host")
-        guard._watch(protocol)
+        guard._watch(connection, protocol)
         connection.remote_username, connection.remote_password = "them", "p" * 22
         connection._early_checks_done = True
         name = f"{connection.local_username}:them".encode()
@@ -358,7 +358,7 @@ TWILIO_START = (
 
 SEEDS: dict[str, list[bytes]] = {
     "sdp": [b"", offer().encode()],
-    "answer": [b"", bytes([0, 9, 0, 0]), bytes([4, 12, 7, 65, 1, 20, 2, 0])],
+    "answer": [b"", b"T\xee\x7f\xff\x00p\xffP}w", bytes([0, 9, 0, 0]), bytes([4, 12, 7, 65, 1, 20, 2, 0])],
     "stun": [
         struct.pack("!HHI12s", 1, len(SHORT_PRIORITY), COOKIE, b"transaction!") + SHORT_PRIORITY,
         struct.pack("!HHIHHQ", 0x24, 4, 1, 0x802A, 8, 1),
@@ -378,7 +378,8 @@ SEEDS: dict[str, list[bytes]] = {
         b'{"type":"conversation.item.create","item":{"id":"a","type":"message","role":"user","content":[]}}\n'
         b'{"type":"conversation.item.retrieve","item_id":"a"}\n{"type":"conversation.item.delete","item_id":"a"}',
         b'{"type":"conversation.item.truncate","item_id":"a","content_index":0,"audio_end_ms":10}',
-        b'{"type":"response.create"}\n{"type":"response.cancel","event_id":"a"}',
+        b'{"type":"response.create"}\n{"type":"response.cancel","event_id":"\\ud800"}',
+        b"[" * 100_000,
     ],
     "deepgram": [
         b"encoding=linear16&sample_rate=16000&endpointing=300&utterance_end_ms=1000&language=en",

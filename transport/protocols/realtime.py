@@ -139,7 +139,9 @@ class Realtime:
         try:
             try:
                 message = json.loads(text)
-            except ValueError:
+                if "\\u" in text:
+                    json.dumps(message, ensure_ascii=False).encode()  # half a surrogate pair could not be sent back
+            except (ValueError, RecursionError):
                 raise BadEvent("the event is not JSON: send one JSON object a message", "invalid_json") from None
             if not isinstance(message, dict):
                 raise BadEvent('the event is no JSON object: send {"type": ...}', "invalid_json")

@@ -40,7 +40,7 @@ class Guard:
             chosen = [*addresses, "127.0.0.1"] if loopback else addresses
             candidates = await gather(component=component, addresses=chosen, **options)
             for protocol in connection._protocols:
-                self._watch(protocol)
+                self._watch(connection, protocol)
             return candidates
 
         def data_received(data: bytes, component: int) -> None:
@@ -52,15 +52,16 @@ class Guard:
         connection.get_component_candidates = get_component_candidates  # type: ignore[method-assign, assignment]
         connection.data_received = data_received  # type: ignore[method-assign]
 
-    def _watch(self, protocol: Any) -> None:
+    def _watch(self, connection: Connection, protocol: Any) -> None:
         receive = protocol.datagram_received
 
         def datagram_received(data: bytes, address: tuple[Any, ...]) -> None:
             self.received += 1
-            self.last = self.clock.now()
+            if any(pair.remote_addr == address[:2] for pair in connection._check_list):  # not a stranger
+                self.last = self.clock.now()
             try:
                 receive(data, address)
-            except (struct.error, LookupError, TypeError, ValueError, AttributeError) as error:
+            except (struct.error, LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 self.malformed += 1
                 if self.malformed == 1:
                     _log.warning("a STUN message was left out: %s", type(error).__name__)

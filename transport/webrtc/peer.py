@@ -206,6 +206,8 @@ class Peer:
         self.sender.stop()
         if self.receiver is not None:
             self.receiver.close()
+        transceivers: list[RTCRtpTransceiver] = getattr(self._pc, "_RTCPeerConnection__transceivers")  # noqa: B009
+        transceivers[:] = [one for one in transceivers if one.receiver.transport is not None]  # an offer failed halfway
         await self._pc.close()
 
     def statistics(self) -> dict[str, Any]:

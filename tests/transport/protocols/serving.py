@@ -55,7 +55,7 @@ async def serving(routes: Sequence[BaseRoute]) -> AsyncIterator[str]:
         running = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             async with asyncio.timeout(10):
-                while not server.started:  # noqa: ASYNC110
+                while not server.started:
                     await asyncio.sleep(0.01)
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:

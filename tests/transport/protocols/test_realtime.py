@@ -559,7 +559,7 @@ def test_push_to_talk_replies_when_asked(engine: Engine) -> None:
             sound = (
                 sum(len(base64.b64decode(e.delta)) for e in seen if e.type == "response.output_audio.delta") / 2 / RATE
             )
-            assert sound == pytest.approx(2.0, abs=0.02)  # sound still on its way to the turn logic at the commit is the next turn's
+            assert sound == pytest.approx(2.0, abs=0.02)  # all that was said before the commit
 
     asyncio.run(main())
 
@@ -580,7 +580,7 @@ def test_a_full_server_says_so_and_a_broken_connection_ends_its_call(engine: Eng
                     assert closed.value.rcvd.code == 1013
                 first._connection.transport.abort()
                 async with asyncio.timeout(5):
-                    while service.calls:  # noqa: ASYNC110 - a broken websocket leaves no call behind
+                    while service.calls:
                         await asyncio.sleep(0.01)
 
     asyncio.run(main())

@@ -367,3 +367,22 @@ def test_a_client_that_vanished_is_noticed(monkeypatch: pytest.MonkeyPatch) -> N
             assert 0.9 < time.monotonic() - began < 1 + 3 * peer.LOOK_SECONDS
 
     asyncio.run(main())
+
+
+def test_a_stranger_does_not_stand_in_for_a_client_that_vanished(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(peer, "SILENT_SECONDS", 1.0)
+        async with serving(monkeypatch) as world, world.beside_an_honest_client(), world.client() as gone:
+            await gone.next("heard")
+            gone.vanish()
+            assert gone.there is not None
+            address = "127.0.0.1", port_of(gone.there)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+
+                def noticed() -> bool:
+                    stranger.sendto(b"\x80" * 20, address)
+                    return world.service.counts["kept"] == 1
+
+                await until(noticed, 5)
+
+    asyncio.run(main())
