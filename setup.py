@@ -12,7 +12,7 @@ class BuildPackage(build_py):
 
 
 code = find_packages(exclude=["tests", "tests.*", "build", "build.*"])
-data = find_namespace_packages(include=["apps.samples", "apps.web", "models.weights"])
+data = find_namespace_packages(include=["apps.samples", "apps.web*", "models.weights"])
 setup(
     package_dir={"antiphon": "."},
     packages=["antiphon", *(f"antiphon.{name}" for name in (*code, *data))],
