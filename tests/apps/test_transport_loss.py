@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from antiphon.apps.bench import transport_loss as bench
-from antiphon.apps.bench.common import RESULTS
 from antiphon.apps.bench.plots import plot_transport_loss
+
+RESULTS = Path(__file__).parents[2] / "apps" / "bench" / "results"
 
 
 @pytest.fixture(scope="module")
