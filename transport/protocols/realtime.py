@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import copy
 import json
 import secrets
 from collections import deque
@@ -613,7 +614,7 @@ class Realtime:
         self._say("error", error=error)
 
     def _say(self, type: str, **fields: Any) -> None:
-        self._outbox.append(json.loads(json.dumps({"type": type, "event_id": _new("event"), **fields})))
+        self._outbox.append(copy.deepcopy({"type": type, "event_id": _new("event"), **fields}))
 
     async def _flush(self) -> None:
         async with self._sending:
