@@ -1,4 +1,4 @@
-"""OpenAI's Realtime API, GA: what clients send, as validated messages.
+"""OpenAI's Realtime API, GA: what clients send, as validated messages, and sound as events carry it.
 
 Shapes follow the client events of the public API reference and of the ``openai`` package (``types/realtime``). What the
 API knows and this server cannot act on is taken and left out of the session that clients are shown; what the API does
@@ -7,9 +7,30 @@ not know is refused.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ...codecs import g711
+from .common import from_pcm16, to_pcm16
+
+Samples = NDArray[np.float32]
+
+_LAWS: dict[str, g711.Law] = {"audio/pcmu": "mulaw", "audio/pcma": "alaw"}
+
+
+class BadEvent(ValueError):
+    """A client event that is refused. code, param: for the client."""
+
+    def __init__(self, message: str, code: str = "invalid_value", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
 
 
 class _Strict(BaseModel):
@@ -191,3 +212,41 @@ ClientEvent = Annotated[
 ]  # fmt: skip
 
 CLIENT_EVENT: TypeAdapter[Any] = TypeAdapter(ClientEvent)
+
+
+def new_id(kind: str) -> str:
+    """A fresh id, ``kind`` before it."""
+    return f"{kind}_{secrets.token_hex(10)}"
+
+
+def refused(error: ValidationError, message: Mapping[str, Any], prefix: str = "") -> BadEvent:
+    """What the client is told of a ``message`` (or what lies at ``prefix`` in one) that is not valid."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found") and not first["loc"]:
+        return BadEvent(f"unknown event type {str(message.get('type'))[:64]!r}", "unknown_event", "type")
+    param = prefix + ".".join(str(part) for part in first["loc"] if part != message.get("type"))
+    code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    return BadEvent(f"{param}: {first['msg']}", code, param)
+
+
+def rate_of(format: Pcm | Pcmu | Pcma) -> int:
+    """Hertz."""
+    return format.rate if isinstance(format, Pcm) else g711.RATE
+
+
+def decoded(audio: str, format: Pcm | Pcmu | Pcma) -> Samples:
+    """The sound of an event. Raises BadEvent, and ValueError for half a sample."""
+    try:
+        data = base64.b64decode(audio, validate=True)
+    except (binascii.Error, ValueError):
+        raise BadEvent("audio is not base64", "invalid_audio", "audio") from None
+    law = _LAWS.get(format.type)
+    return from_pcm16(data if law is None else g711.decode(np.frombuffer(data, np.uint8), law).astype("<i2").tobytes())
+
+
+def encoded(samples: Samples, format: Pcm | Pcmu | Pcma) -> str:
+    """Sound for an event."""
+    data, law = to_pcm16(samples), _LAWS.get(format.type)
+    if law is not None:
+        data = g711.encode(np.frombuffer(data, "<i2").astype(np.int16), law).tobytes()
+    return base64.b64encode(data).decode()
