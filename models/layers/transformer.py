@@ -1,0 +1,353 @@
+"""The transformer step that every language model here configures, and the codecs' transformers.
+
+Pre-norm blocks, grouped-query attention, rotary positions, plain or gated feed-forward. The blocks are written once
+against a :class:`Context`, which keeps keys and values: :class:`WholeSequence` those of its input (offline, training),
+:class:`RingStep` those in the sessions' slots, :class:`Frame` those of one frame (a depth transformer).
+
+A ring holds ``window + longest - 1`` positions, so that the last step of a call overwrites nothing that the first
+still attends; with ``sinks``, the first positions are kept for ever beside it and seem no further away than the window
+is long (StreamingLLM, arXiv 2309.17453). Streaming in calls of any length equals the whole sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..streaming import Specs, State, TensorSpec
+from .linear import Linear
+from .norm import RMSNorm
+from .rope import Layout, Rotation, rotate, rotation
+from .stepped import Depth, SteppedLinear
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shapes and flags of a stack of blocks.
+
+    window: positions a query may look back, itself included. longest: most steps of one call.
+    sinks: first positions that stay in reach for ever. gate: SiLU-gated feed-forward (``up`` makes the gate, then what
+    it multiplies), otherwise GELU. per_step: number of weight sets of a depth transformer, 0 for one set.
+    raw_keys: cache keys before rotation and turn them when read. kv_dtype: of the cache; None for the weights'.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    feedforward: int
+    kv_heads: int | None = None
+    head_width: int | None = None
+    window: int = 3000
+    longest: int = 1
+    sinks: int = 0
+    norm: Literal["rms", "layer"] = "rms"
+    eps: float = 1e-8
+    gate: bool = True
+    rope: Layout | None = "interleaved"
+    theta: float = 10000.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ff_bias: bool = False
+    layer_scale: float | None = None
+    per_step: int = 0
+    raw_keys: bool = False
+    kv_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of {self.heads} heads: give head_width")
+        if self.heads % self.kv:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv} key and value heads evenly")
+        if self.rope is not None and self.head % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.head}")
+        if self.per_step and (self.qkv_bias or self.out_bias or self.ff_bias):
+            raise ValueError("weights per depth step have no biases: leave qkv_bias, out_bias and ff_bias out")
+        if min(self.window, self.longest) < 1 or self.sinks < 0:
+            raise ValueError(
+                f"window {self.window} and longest {self.longest} are at least 1, sinks {self.sinks} at least 0"
+            )
+
+    @property
+    def kv(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def ring(self) -> int:
+        """Positions of a ring beside the sinks."""
+        return self.window + self.longest - 1
+
+
+class Context(Protocol):
+    """Where attention finds what lies outside its input."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query ``[B, T, H, D]``, key and value ``[B, T, K, D]``, not rotated -> heard ``[B, T, H, D]``."""
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; the norm after the last is its owner's."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def forward(self, x: Tensor, context: Context, depth: Depth = None) -> Tensor:
+        """``[B, T, d] -> [B, T, d]``; depth: the weights to use where there are several sets."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, context, depth)
+        return x
+
+    def whole(self, steps: int, device: torch.device | str = "cpu") -> WholeSequence:
+        """The context of whole sequences of ``steps`` positions: causal, within the window and the sinks."""
+        return WholeSequence(self.config, torch.arange(steps, device=device), self.dtype)
+
+    def frame(self, rows: int, steps: int, device: torch.device | str = "cpu") -> Frame:
+        """A context that is fed ``steps`` positions a few at a time and keeps nothing beyond them."""
+        return Frame(self.config, rows, steps, self.dtype, device)
+
+    def state_spec(self, prefix: str) -> Specs:
+        """One session's keys and values, and the number of positions it has seen."""
+        config = self.config
+        shape = (config.layers, config.sinks + config.ring, 2, config.kv, config.head)
+        return {
+            f"{prefix}.rings": TensorSpec(shape, config.kv_dtype or self.dtype),
+            f"{prefix}.seen": TensorSpec((), torch.int64),
+        }
+
+    def step(
+        self, prefix: str, x: Tensor, state: State, slots: Tensor, target: Tensor, count: Tensor | None = None
+    ) -> Tensor:
+        """The next ``T`` positions of ``B`` sessions: ``[B, T, d] -> [B, T, d]``.
+
+        target: ``[B]`` the slots to write: ``slots``, or scratch for rows that must leave no trace.
+        count: ``[B]`` int64, how many of a row's steps are real (the first ones); outputs of the others mean nothing.
+        Raises ValueError for more steps than ``longest``.
+        """
+        steps = x.shape[1]
+        if steps > self.config.longest:
+            raise ValueError(f"{steps} steps in one call, but the rings were made for {self.config.longest}")
+        seen = state[f"{prefix}.seen"].index_select(0, slots)
+        rings = state[f"{prefix}.rings"]
+        x = self(x, RingStep(self.config, rings, slots, target, seen, steps, count, x.dtype))
+        state[f"{prefix}.seen"].index_copy_(0, target, seen + (steps if count is None else count))
+        return x
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on a normalised residual branch."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (_norm(config) for _ in range(2))
+        self.attention = Attention(config)
+        self.feedforward = FeedForward(config)
+        self.scale1, self.scale2 = (_scale(config) for _ in range(2))
+
+    def forward(self, x: Tensor, layer: int, context: Context, depth: Depth = None) -> Tensor:
+        """``[B, T, d] -> [B, T, d]``."""
+        heard: Tensor = self.attention(self.norm1(x), layer, context, depth)
+        x = x + (heard if self.scale1 is None else heard * self.scale1)
+        thought: Tensor = self.feedforward(self.norm2(x), depth)
+        return x + (thought if self.scale2 is None else thought * self.scale2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; ``qkv`` makes queries, keys and values in this order."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.shapes = (config.heads, config.kv, config.kv)
+        self.head = config.head
+        inner = config.heads * config.head
+        self.qkv = _linear(config, config.width, inner + 2 * config.kv * config.head, config.qkv_bias)
+        self.out = _linear(config, inner, config.width, config.out_bias)
+
+    def forward(self, x: Tensor, layer: int, context: Context, depth: Depth = None) -> Tensor:
+        """``[B, T, d] -> [B, T, d]``."""
+        projected = _through(self.qkv, x, depth).unflatten(-1, (-1, self.head))
+        query, key, value = projected.split(self.shapes, 2)
+        return _through(self.out, context.attend(layer, query, key, value).flatten(2), depth)
+
+
+class FeedForward(nn.Module):
+    """Gated by SiLU (arXiv 2002.05202), or two layers around GELU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate = config.gate
+        self.up = _linear(config, config.width, (1 + config.gate) * config.feedforward, config.ff_bias)
+        self.down = _linear(config, config.feedforward, config.width, config.ff_bias)
+
+    def forward(self, x: Tensor, depth: Depth = None) -> Tensor:
+        """``[B, T, d] -> [B, T, d]``."""
+        x = _through(self.up, x, depth)
+        if self.gate:
+            gate, x = x.chunk(2, -1)
+            x = F.silu(gate) * x
+        else:
+            x = F.gelu(x)
+        return _through(self.down, x, depth)
+
+
+class WholeSequence:
+    """All positions of a sequence at once, under the mask that streaming amounts to."""
+
+    def __init__(self, config: TransformerConfig, positions: Tensor, dtype: torch.dtype) -> None:
+        """positions: ``[T]`` int64, the same for every row, rising by one."""
+        self.attention = _Attention(config, positions[None], positions[None], dtype)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, far, key = self.attention.turn(query, key)
+        return self.attention(query, far, key, value)
+
+
+class RingStep:
+    """The next positions of ``B`` sessions whose keys and values are rings in slots."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rings: Tensor,
+        slots: Tensor,
+        target: Tensor,
+        seen: Tensor,
+        steps: int,
+        count: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """rings: ``[S + 1, layers, sinks + ring, 2, K, D]``; seen: ``[B]`` positions before these; see ``step``."""
+        self.raw = config.raw_keys and config.rope is not None
+        # 8-bit floats are moved as bytes: few operations know them.
+        self.stored = rings.dtype
+        self.rings = rings.view(torch.uint8) if rings.dtype.itemsize == 1 else rings
+        self.slots, self.dtype = slots, dtype
+        sinks, ring = config.sinks, config.ring
+        ahead = torch.arange(steps, device=slots.device)
+        positions = seen[:, None] + ahead
+        entries = torch.arange(sinks + ring, device=slots.device)
+        # A ring entry holds the newest position that maps to it; a sink's entry its own.
+        newest = positions[:, -1:] - sinks
+        held = torch.where(entries < sinks, entries, sinks + newest - (newest - (entries - sinks)) % ring)
+        held = torch.where((entries >= sinks) & (held < sinks), -1, held)
+        self.attention = _Attention(config, positions, held, dtype)
+        place = torch.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
+        rows = target[:, None].expand(-1, steps)
+        if count is not None:
+            rows = torch.where(ahead < count[:, None], rows, rings.shape[0] - 1)
+        self.write = (rows, place)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, far, turned = self.attention.turn(query, key)
+        fresh = torch.stack((key if self.raw else turned, value), 2).to(self.stored)
+        ring = self.rings[:, layer]
+        ring.index_put_(self.write, fresh.view(ring.dtype) if ring.dtype != self.stored else fresh)
+        keys, values = ring.index_select(0, self.slots).view(self.stored).to(self.dtype).unbind(2)
+        return self.attention(query, far, self.attention.turn_held(keys) if self.raw else keys, values)
+
+
+class Frame:
+    """The positions of one frame of ``B`` rows, fed a few at a time from an empty cache."""
+
+    def __init__(
+        self, config: TransformerConfig, rows: int, steps: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.config = config
+        self.cache = torch.zeros(config.layers, 2, rows, steps, config.kv, config.head, dtype=dtype, device=device)
+        self.positions = torch.arange(steps, device=device)[None]
+        self.fed = [0] * config.layers
+        self.attention: _Attention | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        first = self.fed[layer]
+        last = self.fed[layer] = first + query.shape[1]
+        if layer == 0:
+            self.attention = _Attention(
+                self.config, self.positions[:, first:last], self.positions[:, :last], query.dtype
+            )
+        assert self.attention is not None
+        query, far, key = self.attention.turn(query, key)
+        keys, values = self.cache[layer, :, :, :last]
+        keys[:, first:], values[:, first:] = key, value
+        return self.attention(query, far, keys, values)
+
+
+class _Attention:
+    """Attention of queries at ``positions`` over keys at ``held``: rotation, mask, softmax."""
+
+    def __init__(self, config: TransformerConfig, positions: Tensor, held: Tensor, dtype: torch.dtype) -> None:
+        """positions ``[B or 1, T]``; held ``[B or 1, M]``, -1 for entries without a key."""
+        self.config = config
+        self.grouped = config.kv != config.heads
+        query, key = positions[:, :, None], held[:, None]
+        near = (key <= query) & ((key > query - config.window) | (key < config.sinks)) & (key >= 0)
+        self.bias = torch.zeros(near.shape, dtype=dtype, device=held.device).masked_fill_(~near, -math.inf)[:, None]
+        self.turns = self.turns_far = self.turns_held = None
+        if config.rope is not None:
+            self.turns = self._angles(positions)
+            if config.sinks:
+                self.turns_far = self._angles(positions.clamp(max=config.sinks + config.window - 1))
+            if config.raw_keys:
+                self.turns_held = self._angles(held.clamp(min=0))
+
+    def _angles(self, positions: Tensor) -> Rotation:
+        return rotation(positions, self.config.head, self.config.theta, self.bias.dtype)
+
+    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries as they meet the window's keys and as they meet the sinks', and keys, rotated."""
+        if self.turns is None or (layout := self.config.rope) is None:
+            return query, query, key
+        turned = rotate(query, self.turns, layout)
+        far = turned if self.turns_far is None else rotate(query, self.turns_far, layout)
+        return turned, far, rotate(key, self.turns, layout)
+
+    def turn_held(self, keys: Tensor) -> Tensor:
+        """All held keys, rotated to their positions."""
+        assert self.turns_held is not None
+        assert self.config.rope is not None
+        return rotate(keys, self.turns_held, self.config.rope)
+
+    def __call__(self, query: Tensor, far: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """query and far ``[B, T, H, D]``, keys and values ``[B, M, K, D]`` -> ``[B, T, H, D]``."""
+        query, far, keys, values = (x.transpose(1, 2) for x in (query, far, keys, values))
+        bias = self.bias
+        if self.config.sinks and self.turns_far is not None:
+            # What the sinks score from the window's edge, less what they score from where the query really is.
+            sinks = keys[:, :, : self.config.sinks].repeat_interleave(query.shape[1] // keys.shape[1], 1)
+            nearer = (far - query) @ sinks.transpose(2, 3) * self.config.head**-0.5
+            bias = bias + F.pad(nearer, (0, keys.shape[2] - nearer.shape[3]))
+        heard = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, enable_gqa=self.grouped)
+        return heard.transpose(1, 2)
+
+
+def _norm(config: TransformerConfig) -> nn.Module:
+    return RMSNorm(config.width, config.eps) if config.norm == "rms" else nn.LayerNorm(config.width, config.eps)
+
+
+def _scale(config: TransformerConfig) -> nn.Parameter | None:
+    return None if config.layer_scale is None else nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+
+def _linear(config: TransformerConfig, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    return SteppedLinear(config.per_step, inputs, outputs) if config.per_step else Linear(inputs, outputs, bias=bias)
+
+
+def _through(layer: nn.Module, x: Tensor, depth: Depth) -> Tensor:
+    result: Tensor = layer(x, depth) if isinstance(layer, SteppedLinear) else layer(x)
+    return result
