@@ -13,7 +13,7 @@ from rich.padding import Padding
 
 from ...models.conformer import hub
 from ...models.conformer.checkpoint import CheckpointError, config_from
-from ...models.conformer.files import read_json
+from ...models.files import read_json
 
 FRAME_MS = 80
 

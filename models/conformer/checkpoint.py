@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..files import CheckpointError, read_json, read_safetensors, reading
 from . import hf, hub, nemo
 from .config import ASRConfig, ConformerConfig, PromptConfig, TransducerConfig
-from .files import CheckpointError, read_json, read_safetensors, reading
 from .model import ConformerASR
 from .names import HF, from_layout, nemo_layout
 from .tokenizer import Source, Tokenizer

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import read_json, read_safetensors, reading
 from .config import SUBSAMPLING, ASRConfig, ConformerConfig, PromptConfig, TransducerConfig
-from .files import read_json, read_safetensors, reading
 from .tokenizer import Source, Tokenizer
 
 MODEL_TYPES = ("nemotron_asr_streaming", "nemotron3_5_asr")

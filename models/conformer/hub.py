@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-
-from .files import CheckpointError
-
-# How a network fails: the base error of the HTTP library that this version of huggingface_hub uses is no OSError.
-NETWORK_ERRORS: tuple[type[Exception], ...] = (
-    OSError,
-    *(
-        base
-        for base in HfHubHTTPError.__mro__
-        if issubclass(base, Exception) and base.__name__ in ("HTTPError", "RequestException")
-    ),
-)
-PATIENCE = 10.0  # seconds to wait for the hub's first answer
+from .. import hub
+from ..files import CheckpointError
 
 EMBEDDED = Path(__file__).parents[1] / "weights"
 LAYOUT_FILES = ("*.json", "*.safetensors")  # of transformers' layout
@@ -89,14 +71,14 @@ def embedded() -> list[str]:
 
 def cached(name: str) -> Path | None:
     """The folder of a hub checkpoint that is already on this computer."""
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError):
-        return None
-    whole = any(folder.glob("*.nemo")) or (
-        (folder / "config.json").is_file()
-        and (folder / "tokenizer.json").is_file()
-        and any(folder.glob("*.safetensors"))
+    folder = hub.cached(name)
+    whole = folder is not None and (
+        any(folder.glob("*.nemo"))
+        or (
+            (folder / "config.json").is_file()
+            and (folder / "tokenizer.json").is_file()
+            and any(folder.glob("*.safetensors"))
+        )
     )
     return folder if whole else None
 
@@ -125,26 +107,15 @@ def resolve(name: str | PathLike[str] | None = None) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    remedy = f"run 'hf download {name}' where there is a network, or give the path of a copy"
-    try:
-        files = [file.rfilename for file in HfApi().model_info(name, timeout=PATIENCE).siblings or ()]
-        layout = "config.json" in files and any(file.endswith(".safetensors") for file in files)
-        if not layout and not any(file.endswith(".nemo") for file in files):
-            raise CheckpointError(f"{name} on the hub holds neither safetensors with a config.json nor a .nemo file")
-        return Path(snapshot_download(name, allow_patterns=list(LAYOUT_FILES if layout else ARCHIVE_FILES)))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{name} asks for its licence to be accepted: see hf.co/{name}, then 'hf auth login'"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"no checkpoint {name!r} on the hub{_nearest(name)}") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{name!r} is no hub name{_nearest(name)}") from error
-    except NETWORK_ERRORS as error:
-        suggestion = "" if name in _names() else _nearest(name)
-        raise CheckpointError(
-            f"{name} is not on this computer and the hub cannot be reached: {remedy}{suggestion}"
-        ) from error
+    def choose(files: Sequence[str]) -> Sequence[str]:
+        if "config.json" in files and any(file.endswith(".safetensors") for file in files):
+            return LAYOUT_FILES
+        if any(file.endswith(".nemo") for file in files):
+            return ARCHIVE_FILES
+        raise CheckpointError(f"{name} on the hub holds neither safetensors with a config.json nor a .nemo file")
+
+    nearest = _nearest(name)
+    return hub.fetch(name, choose, unknown=nearest, unreachable="" if name in _names() else nearest)
 
 
 def _names() -> list[str]:

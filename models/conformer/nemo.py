@@ -17,8 +17,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..files import CheckpointError, reading
 from .config import SUBSAMPLING, ASRConfig, ConformerConfig, PromptConfig, TransducerConfig
-from .files import CheckpointError, reading
 from .tokenizer import Source, Tokenizer
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"

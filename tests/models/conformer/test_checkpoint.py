@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from antiphon.models import hub as remote
 from antiphon.models.conformer import hub
 from antiphon.models.conformer.checkpoint import CheckpointError, load, save
 from antiphon.models.conformer.config import ASRConfig, PromptConfig, TransducerConfig
@@ -363,12 +364,12 @@ def test_damaged_folders(hf_folder):
 
 class NoNetwork:
     def model_info(self, *args: object, **kwargs: object) -> None:
-        raise hub.NETWORK_ERRORS[-1]("no route")
+        raise remote.NETWORK_ERRORS[-1]("no route")
 
 
 @pytest.fixture
 def offline(monkeypatch):
-    monkeypatch.setattr(hub, "HfApi", NoNetwork)
+    monkeypatch.setattr(remote, "HfApi", NoNetwork)
 
 
 @pytest.mark.parametrize(
@@ -403,7 +404,7 @@ def test_embedded_checkpoints_come_first(asr, config, tokenizer, tmp_path, monke
 
 def test_a_cached_checkpoint_needs_no_network(offline, archive_files, tmp_path, monkeypatch):
     pack(tmp_path / "model.nemo", archive_files)
-    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: str(tmp_path))
+    monkeypatch.setattr(remote, "snapshot_download", lambda name, **options: str(tmp_path))
     assert hub.cached("nvidia/some") == tmp_path
     assert load("nvidia/some").lookaheads == (3, 1, 0)
 
@@ -421,8 +422,8 @@ def test_only_needed_files_are_fetched(tmp_path, monkeypatch):
         asked.update(options)
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "HfApi", Api)
-    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr(remote, "HfApi", Api)
+    monkeypatch.setattr(remote, "snapshot_download", download)
     files = ["config.json", "model.safetensors", "x.nemo"]
     assert hub.resolve("nvidia/some") == tmp_path
     assert asked["allow_patterns"] == ["*.json", "*.safetensors"]
