@@ -1,7 +1,7 @@
 """The graphs that a server offers by name. Each is made for one session, from the options its client gave.
 
-Inlets: ``audio`` and ``control``. Outputs: ``captions`` (what the client said), ``turns.events``; a graph that replies
-has ``<stage>.audio`` and the text of the reply besides.
+Inlets: ``audio`` and ``control``, and ``video`` where the graph looks. Outputs: ``captions`` (what the client said),
+``turns.events``; a graph that replies has ``<stage>.audio`` and the text of the reply besides.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .graph import Graph, did_you_mean
 from .stage import Inlet, Stage
 from .stages.emit import emit
 from .stages.parrot import Parrot
+from .stages.scenes import Scenes
 from .stages.transcribe import Transcribe
 from .stages.turns import Turns
 from .turn_taking import TurnSettings
@@ -43,7 +44,16 @@ def parrot(options: Mapping[str, Any]) -> Graph:
     return graph | (turns["turn"] >> turn >> reply["turn"]) | (asr >> reply["text"]) | (control >> reply["control"])
 
 
-GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {"captions": captions, "parrot": parrot}
+def scenes(options: Mapping[str, Any]) -> Graph:
+    """``captions``, and where the scene changes in the camera's or the screen's pictures (see ``Scenes``).
+
+    The newest picture goes first; one that waited too long is dropped. The options are those of ``captions``.
+    """
+    graph, _, _, _ = _listening(options)
+    return graph | (Inlet().named("video") >> Link(items=1, policy="drop_oldest") >> Scenes())
+
+
+GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {"captions": captions, "parrot": parrot, "scenes": scenes}
 
 
 def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:

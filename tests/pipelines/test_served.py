@@ -15,16 +15,17 @@ def stage_of(graph: Graph, kind: type) -> object:
 
 
 @pytest.mark.parametrize(
-    ("name", "outputs"),
+    ("name", "inlets", "outputs"),
     [
-        ("captions", {"captions.out", "turns.events"}),
-        ("parrot", {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
+        ("captions", {"audio", "control"}, {"captions.out", "turns.events"}),
+        ("parrot", {"audio", "control"}, {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
+        ("scenes", {"audio", "control", "video"}, {"captions.out", "turns.events", "scenes.out"}),
     ],
 )
-def test_inlets_and_outputs(name: str, outputs: set[str]) -> None:
+def test_inlets_and_outputs(name: str, inlets: set[str], outputs: set[str]) -> None:
     graph = GRAPHS[name]({})
     graph.validate()
-    assert {graph.names[node] for node in graph.nodes if not node.inputs} == {"audio", "control"}
+    assert {graph.names[node] for node in graph.nodes if not node.inputs} == inlets
     assert {f"{graph.names[port.stage]}.{port.name}" for port in graph.open_outputs} == outputs
 
 

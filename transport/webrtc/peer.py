@@ -24,7 +24,6 @@ from aiortc import (
     RTCRtpTransceiver,
     RTCSessionDescription,
 )
-from aiortc.mediastreams import MediaStreamError, MediaStreamTrack
 from numpy.typing import NDArray
 
 from ...codecs.resample import Resampler
@@ -36,6 +35,7 @@ from .ice import Guard
 from .receiver import RATE, AudioReceiver, attach, with_fec
 from .sdp import DENIED, LOOPBACK, REFUSALS, BadOffer, Network, check_offer
 from .sender import AudioSender
+from .video import VideoReceiver, bound
 
 LABELS = ("events", "oai-events")
 CONNECT_SECONDS = 15.0
@@ -98,15 +98,13 @@ class Peer:
         self.call, self.after, self.pictures, self.rate = call, after, pictures, rate
         self.clock = clock or running_clock()
         self.guard = Guard(self.clock)
-        self.counts: Counter[str] = Counter()  # unsent, unread, unlooked: messages and pictures left out
+        self.counts: Counter[str] = Counter()  # unsent, unread, channels_refused: messages and channels left out
         self.sender = AudioSender(self._heard, epoch=lambda: call.session.epoch, clock=self.clock)
         self.receiver: AudioReceiver | None = None
+        self.camera: VideoReceiver | None = None
         self._loopback, self._denied = loopback, (*denied, *(() if loopback else LOOPBACK))
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._speaks = False  # the client takes our sound
-        self._camera: MediaStreamTrack | None = None
-        self._picture: av.VideoFrame | None = None
-        self._pictured = asyncio.Event()
         self._channel: RTCDataChannel | None = None
         self._channel_offered = False
         self._open = asyncio.Event()  # the data channel is, or never will be
@@ -157,8 +155,8 @@ class Peer:
                 speaks = all(other.sender.track is not self.sender for other in transceivers)
                 if speaks:
                     transceiver.sender.replaceTrack(self.sender)
-            elif self.call.takes("video") and self._camera is None and transceiver.receiver.track is not None:
-                self._camera, hears = transceiver.receiver.track, True
+            elif self.call.takes("video") and self.camera is None and transceiver.receiver.track is not None:
+                self.camera, hears = bound(transceiver.receiver), True
             transceiver.direction = {
                 (True, True): "sendrecv",
                 (True, False): "sendonly",
@@ -174,9 +172,9 @@ class Peer:
         Raises NeverConnected, ConnectionLost when the client vanished, and what ``Call.items`` and the handler raise.
         """
         watch = asyncio.create_task(self._watch())
-        jobs: list[Coroutine[Any, Any, None]] = [self._speak(), self._hear(), self._read(), self._tell_played()]
-        if self._camera is not None:
-            jobs += [self._look(self._camera), self._show()]
+        jobs: list[Coroutine[Any, Any, None]] = [
+            self._speak(), self._hear(), self._look(), self._read(), self._tell_played()
+        ]  # fmt: skip
         tasks = {watch, *map(asyncio.create_task, jobs)}
         waiting = set(tasks)
         try:
@@ -211,10 +209,11 @@ class Peer:
         await self._pc.close()
 
     def statistics(self) -> dict[str, Any]:
-        """Packets, delay and losses of the sound coming in, the sound going out, and what was left out."""
+        """Packets, delay and losses of the sound and the pictures coming in, the sound going out, what was left out."""
         sender, guard = self.sender, self.guard
         return {
             "receiver": asdict(self.receiver.stats) if self.receiver is not None else None,
+            "video": asdict(self.camera.stats) if self.camera is not None else None,
             "sender": {
                 "packets": sender.packets,
                 "queued_ms": round(1000 * sender.queued),
@@ -265,33 +264,18 @@ class Peer:
         async for frame in self.receiver:
             await self.call.hear(resampler.push(frame.samples), resampler.rate)
 
-    async def _look(self, camera: MediaStreamTrack) -> None:
-        """Keep the newest picture; reading on is what keeps aiortc's queue empty."""
-        try:
-            while True:
-                frame = await camera.recv()
-                if isinstance(frame, av.VideoFrame):
-                    self.counts["unlooked"] += self._picture is not None
-                    self._picture = frame
-                    self._pictured.set()
-        except MediaStreamError:
+    async def _look(self) -> None:
+        """Show the call the newest picture, so many times a second."""
+        if self.camera is None:
             return
-
-    async def _show(self) -> None:
         began: float | None = None
-        due = 0.0
-        while True:
-            await self._pictured.wait()
-            frame, self._picture = self._picture, None
-            self._pictured.clear()
+        async for frame in self.camera:
             now = self.clock.now()
             if began is None:
                 began = now - self.call.heard_seconds
-            if frame is not None:
-                pixels = await asyncio.to_thread(picture, frame)
-                await self.call.see(pixels, round((now - began) * VIDEO_RATE), VIDEO_RATE)
-            due = max(due, now) + 1 / self.pictures
-            await self.clock.sleep_until(due)
+            pixels = await asyncio.to_thread(picture, frame)
+            await self.call.see(pixels, round((now - began) * VIDEO_RATE), VIDEO_RATE)
+            await self.clock.sleep_until(now + 1 / self.pictures)
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
         if self._channel is not None or channel.label not in LABELS:

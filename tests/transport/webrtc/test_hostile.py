@@ -6,8 +6,9 @@ import asyncio
 import json
 import socket
 import struct
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -25,14 +26,17 @@ from antiphon.apps.serve import app as application
 from antiphon.apps.serve.server import configure
 from antiphon.codecs import opus
 from antiphon.pipelines.chunk import Chunk, Event
+from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
 from antiphon.transport.guard import Rules
 from antiphon.transport.service import Service
-from antiphon.transport.webrtc import ice, peer, routes
+from antiphon.transport.webrtc import ice, peer, routes, video
 
 OFFER_CPU = 0.1  # seconds that a refusal may take
 FLOOD, FLOOD_BYTES = 10_000, 1200
 FLOOD_GROWTH = 4 << 20  # bytes that may be held of 12 MB
+PICTURES, PICTURE_SIZE = 500, (640, 360)  # 173 MB decoded
+PICTURES_GROWTH = 48 << 20  # bytes that may be held of them: the decoder's own pictures, and those on their way
 PATIENCE = 10.0  # seconds
 
 
@@ -53,6 +57,20 @@ async def deaf(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
     await asyncio.Event().wait()
     async for chunk in audio:
         yield chunk
+
+
+@stage(name="hostile_test_blind")
+async def blind(ctx: Context, video: Input) -> AsyncIterator[Chunk]:
+    """Looks at nothing."""
+    await asyncio.Event().wait()
+    async for chunk in video:
+        yield chunk
+
+
+def made(options: Mapping[str, Any]) -> Graph:
+    """A graph that hears, or is deaf; and one that is shown pictures it does not look at, where that is asked for."""
+    sound = Inlet().named("audio") >> (deaf() if "deaf" in options else hears())
+    return sound | (Inlet().named("video") >> blind()) if "blind" in options else sound
 
 
 class NoEngine:
@@ -82,6 +100,31 @@ class Voice(MediaStreamTrack):
         await asyncio.sleep(self.begin + self.seconds * self.sent - now)
         packet = av.Packet(self.payload(self.sent, self.good))
         packet.pts, packet.time_base = 960 * self.sent, Fraction(1, 48000)
+        self.sent += 1
+        return packet
+
+
+class Film(MediaStreamTrack):
+    """Frames of VP8, as fast as they are taken."""
+
+    kind = "video"
+
+    def __init__(self) -> None:
+        super().__init__()
+        context = av.CodecContext.create("libvpx", "w")
+        assert isinstance(context, av.VideoCodecContext)
+        context.width, context.height = PICTURE_SIZE
+        context.pix_fmt, context.time_base = "yuv420p", Fraction(1, 30)
+        context.options = {"lag-in-frames": "0", "deadline": "realtime"}
+        frame = av.VideoFrame(*PICTURE_SIZE, "yuv420p")
+        (key,), (following,) = context.encode(frame), context.encode(frame)
+        self.frames = [bytes(key), *[bytes(following)] * 49]
+        self.sent = 0
+
+    async def recv(self) -> av.Packet:
+        await asyncio.sleep(0.002)
+        packet = av.Packet(self.frames[self.sent % 50])
+        packet.pts, packet.time_base = 3000 * self.sent, Fraction(1, 90000)
         self.sent += 1
         return packet
 
@@ -117,10 +160,14 @@ class World:
     unseen: list[str]
 
     @asynccontextmanager
-    async def client(self, voice: Voice | None = None, options: dict[str, Any] | None = None) -> AsyncIterator[Client]:
+    async def client(
+        self, voice: Voice | None = None, options: dict[str, Any] | None = None, film: Film | None = None
+    ) -> AsyncIterator[Client]:
         pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         made = Client(pc, voice or Voice())
         pc.addTrack(made.voice)
+        if film is not None:
+            pc.addTrack(film)
         channel = pc.createDataChannel("events")
         channel.on("message", lambda text: made.messages.put_nowait(json.loads(text)))
         try:
@@ -129,7 +176,8 @@ class World:
             response = await self.http.post("/rtc/offer", json=body)
             assert response.status_code == 201
             made.there = self.peers[-1]
-            await pc.setRemoteDescription(RTCSessionDescription(response.json()["sdp"], "answer"))
+            answer = response.json()["sdp"].replace("a=inactive", "a=recvonly")  # whatever it was told, it sends
+            await pc.setRemoteDescription(RTCSessionDescription(answer, "answer"))
             await until(lambda: channel.readyState == "open")
             yield made
         finally:
@@ -165,8 +213,7 @@ async def serving(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     monkeypatch.setattr(routes, "Peer", Noted)
     monkeypatch.setattr(application, "PROTOCOLS", ("protocols.plain", "webrtc.routes"))
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context["message"]))
-    graph = {True: deaf, False: hears}
-    service = Service(lambda options: Inlet().named("audio") >> graph["deaf" in options](), NoEngine(), max_calls=4)
+    service = Service(made, NoEngine(), max_calls=4)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     app = application.create_app(service, Rules(rate=1000, burst=1000))
@@ -345,6 +392,46 @@ def test_tracks_that_nobody_reads_do_not_grow(monkeypatch: pytest.MonkeyPatch) -
             assert len(receiver.buffer._samples) < receiver.buffer.rate
             (transceiver,) = fast.there._pc.getTransceivers()
             assert transceiver.receiver.track._queue.qsize() <= 1
+
+    asyncio.run(main())
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_no_one_asked_for_are_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving(monkeypatch) as world, world.beside_an_honest_client():
+            before, film = resident(), Film()
+            async with world.client(film=film) as hostile:
+                await until(lambda: film.sent > PICTURES)
+                assert hostile.there is not None
+                assert hostile.there.camera is None
+                assert hostile.there.guard.received > PICTURES
+                assert not [one for one in threading.enumerate() if one.name == "video-decoder"]
+                await hostile.next("heard")
+                assert resident() - before < PICTURES_GROWTH
+
+    asyncio.run(main())
+
+
+def test_pictures_that_no_one_looks_at_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving(monkeypatch) as world, world.beside_an_honest_client():
+            film = Film()
+            async with world.client(options={"blind": True}, film=film) as hostile:
+                assert hostile.there is not None
+                camera = hostile.there.camera
+                assert camera is not None
+                await until(lambda: camera.stats.frames > 50)
+                before, decoded = resident(), camera.stats.frames
+                await until(lambda: camera.stats.frames + camera.stats.undecoded > decoded + PICTURES, 30)
+                assert camera.stats.skipped >= camera.stats.frames - 40
+                assert camera._track._queue.qsize() <= 1
+                (_, receiver) = hostile.there._pc.getReceivers()
+                assert receiver._RTCRtpReceiver__decoder_queue.qsize() <= video.WAITING_FRAMES
+                await hostile.next("heard")
+                assert resident() - before < PICTURES_GROWTH
 
     asyncio.run(main())
 
