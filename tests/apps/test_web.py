@@ -6,98 +6,20 @@ The screenshot of the documentation is taken on the way where ANTIPHON_SCREENSHO
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import av
 import jiwer
 import pytest
 
-sync_api = pytest.importorskip("playwright.sync_api")
-
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-SAMPLE = Path(__file__).parents[2] / "apps" / "samples" / "two_cities.flac"
 SAID = (
     "it was the best of times it was the worst of times it was the age of wisdom it was the age of foolishness "
     "it was the epoch of belief it was the epoch of incredulity"
 )
 UNKNOWN = "\N{EN DASH}"  # a figure that has not come
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-    "--allow-loopback-in-peer-connection",
-]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """``antiphon serve``, warm; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from antiphon.apps.cli import main; main()", "serve", "--port", str(port)]
-    process = subprocess.Popen([*command, "--graph", "parrot"], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    address = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + 90
-        while not _ready(address):
-            assert process.poll() is None, "the server ended before it was ready"
-            assert time.monotonic() < until, "the server did not become ready"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
-            return bool(response.status == 200)
-    except urllib.error.URLError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample as Chromium's microphone plays it: 48 kHz WAV."""
-    path = tmp_path_factory.mktemp("speech") / "speech.wav"
-    resampler = av.AudioResampler("s16", "mono", 48000)
-    with av.open(str(SAMPLE)) as source, av.open(str(path), "w") as sink:
-        stream = sink.add_stream("pcm_s16le", rate=48000, layout="mono")
-        for frame in source.decode(audio=0):
-            for part in resampler.resample(frame):
-                sink.mux(stream.encode(part))
-        sink.mux(stream.encode(None))
-    return path
-
-
-@pytest.fixture(scope="module")
-def browser(speech: Path) -> Iterator[Any]:
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=path, args=[*FLAGS, f"--use-file-for-fake-audio-capture={speech}"]
-        )
-        yield chromium
-        chromium.close()
 
 
 class Visit:
@@ -118,15 +40,15 @@ class Visit:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_loads_alone(browser: Any, server: str, scheme: str) -> None:
-    visit = Visit(browser, server, color_scheme=scheme)
+def test_loads_alone(browser: Any, parrot_server: str, scheme: str) -> None:
+    visit = Visit(browser, parrot_server, color_scheme=scheme)
     page = visit.page
     page.wait_for_function("() => document.getElementById('model').textContent.includes('parameters')")
     page.wait_for_function("() => document.getElementById('pipeline').shadowRoot.querySelector('svg')")
     assert "default-src 'self'" in visit.policy
     assert "unsafe" not in visit.policy
     assert visit.complaints == []
-    assert visit.hosts == {urlsplit(server).netloc}
+    assert visit.hosts == {urlsplit(parrot_server).netloc}
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     nameless = page.evaluate(
         """[...document.querySelectorAll('button, select, input, meter, canvas, video')].filter(
@@ -136,8 +58,8 @@ def test_loads_alone(browser: Any, server: str, scheme: str) -> None:
     page.close()
 
 
-def test_a_call_is_captioned(browser: Any, server: str, tmp_path: Path) -> None:
-    visit = Visit(browser, server, color_scheme="light")
+def test_a_call_is_captioned(browser: Any, parrot_server: str, tmp_path: Path) -> None:
+    visit = Visit(browser, parrot_server, color_scheme="light")
     page = visit.page
     page.keyboard.press("c")
     visit.shows("#state[data-state=connected]")
@@ -171,12 +93,12 @@ def test_a_call_is_captioned(browser: Any, server: str, tmp_path: Path) -> None:
     page.click("#connect")
     visit.shows("#state[data-state=closed]")
     assert visit.complaints == []
-    assert visit.hosts == {urlsplit(server).netloc}
+    assert visit.hosts == {urlsplit(parrot_server).netloc}
     page.close()
 
 
-def test_what_goes_wrong_is_said_in_plain_words(browser: Any, server: str) -> None:
-    visit = Visit(browser, server)
+def test_what_goes_wrong_is_said_in_plain_words(browser: Any, parrot_server: str) -> None:
+    visit = Visit(browser, parrot_server)
     page = visit.page
     page.route("**/rtc/offer", lambda route: route.fulfill(status=503, body="{}"))
     page.click("#connect")
@@ -186,9 +108,9 @@ def test_what_goes_wrong_is_said_in_plain_words(browser: Any, server: str) -> No
     page.close()
 
 
-def test_a_call_that_was_cut_comes_back(browser: Any, server: str) -> None:
+def test_a_call_that_was_cut_comes_back(browser: Any, parrot_server: str) -> None:
     """The page closes a data channel that the network took, and goes on with the same call."""
-    visit = Visit(browser, server)
+    visit = Visit(browser, parrot_server)
     page = visit.page
     page.evaluate(
         """() => { const create = RTCPeerConnection.prototype.createDataChannel;
