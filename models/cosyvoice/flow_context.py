@@ -1,0 +1,235 @@
+"""Where a layer of the flow finds what lies outside its input: the whole utterance, or caches of sessions and voices.
+
+The networks are written once, against the questions of :class:`Context`. :class:`Whole` answers them from the input
+itself under a mask, :class:`Cached` from rings in the sessions' slots and from the prompt caches that all sessions of a
+voice read.
+
+Both use one rule. Positions are counted from the start of the voice's prompt and cut into *segments*, at every multiple
+of the mask's chunk and wherever a streaming call starts. A position sees its own segment, the shared prompt, and either
+everything between them or the last ``left`` frames before its segment. Calls that start at multiples of the chunk cut
+nothing, which gives the mask the model was trained with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..streaming import Specs, State, TensorSpec
+from .flow_config import RATE, FlowConfig, FlowLimits
+
+
+class Context(Protocol):
+    """What a layer asks for. ``n`` is positions of the input, ``m`` positions that may be attended."""
+
+    bias: Tensor  # [B, 1, n, m], 0 where attention is allowed, else -inf
+    queries: Tensor  # [B, n] positions of the input
+    keys: Tensor  # [B, m] positions that may be attended
+
+    def remember(self, layer: int, keys_values: Tensor) -> Tensor:
+        """``[B, n, 2, H, dk] -> [B, m, 2, H, dk]``: everything that may be attended."""
+
+    def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
+        """``[B, n, d] -> [B, frames + n, d]``: the input behind the ``frames`` that a causal convolution needs."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which frames a whole utterance attends to; the default is everything, ``chunk`` tokens as trained for streaming.
+
+    calls: tokens at which streaming calls started. shared: tokens of the prompt that everything sees.
+    left: mel frames seen before a segment, None for all.
+    """
+
+    chunk: int | None = None
+    calls: tuple[int, ...] = ()
+    shared: int = 0
+    left: int | None = None
+
+    def allowed(self, positions: int, rate: int, device: torch.device) -> Tensor:
+        """``[positions, positions]`` bool: query i may attend key j. rate: positions per token."""
+        key = torch.arange(positions, device=device)
+        if self.chunk is None:
+            return torch.ones(positions, positions, dtype=torch.bool, device=device)
+        cuts = {*range(0, positions // rate + self.chunk + 1, self.chunk), *self.calls}
+        edges = torch.tensor(sorted(cuts), device=device) * rate
+        segment = torch.bucketize(key, edges, right=True)
+        allowed = key < edges[segment][:, None]
+        if self.left is not None:
+            first = edges[segment - 1][:, None]
+            allowed = allowed & ((key >= first - self.left * rate // RATE) | (key < self.shared * rate))
+        return allowed
+
+
+class Whole:
+    """All positions at once: attention under a mask, convolution behind zeros."""
+
+    def __init__(self, mask: Mask, lengths: Tensor, positions: int, rate: int, dtype: torch.dtype) -> None:
+        """lengths: ``[B]`` tokens per row; positions: of the input, ``rate`` a token."""
+        real = torch.arange(positions, device=lengths.device) < (lengths * rate)[:, None]
+        # Padding attends to itself, so that no softmax is empty.
+        itself = torch.eye(positions, dtype=torch.bool, device=lengths.device)
+        allowed = (mask.allowed(positions, rate, lengths.device) & real[:, None, :]) | itself
+        self.bias = _bias(allowed, dtype)
+        self.queries = self.keys = torch.arange(positions, device=lengths.device).expand(len(lengths), -1)
+
+    def remember(self, layer: int, keys_values: Tensor) -> Tensor:
+        return keys_values
+
+    def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
+        return F.pad(x, (0, 0, frames, 0))
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """One network's caches: keys and values of ``layers`` attentions, and what its convolutions still need.
+
+    rate: positions per token. passes, branches: how often a step runs it, one after another and side by side.
+    keep, columns: positions, and channels of all convolutions together, that the convolutions look back.
+    """
+
+    name: str
+    rate: int
+    layers: int
+    heads: int
+    head_width: int
+    keep: int
+    columns: int
+    passes: int = 1
+    branches: int = 1
+
+    @property
+    def rings(self) -> str:
+        """Name of the keys and values ``[passes, layers, branches, positions, 2, heads, head_width]``."""
+        return f"flow.{self.name}.rings"
+
+    @property
+    def tails(self) -> str:
+        """Name of the convolutions' inputs ``[passes, branches, keep, columns]``."""
+        return f"flow.{self.name}.tails"
+
+    def spec(self, frames: int, dtype: torch.dtype) -> Specs:
+        """Caches that hold ``frames`` mel frames."""
+        positions = frames * self.rate // RATE
+        rings = (self.passes, self.layers, self.branches, positions, 2, self.heads, self.head_width)
+        tails = (self.passes, self.branches, self.keep, self.columns)
+        return {self.rings: TensorSpec(rings, dtype), self.tails: TensorSpec(tails, dtype)}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One streaming call of ``B`` sessions. Counts are tokens.
+
+    voice: ``[B]`` rows of the voices' tables. shared: ``[B]`` of the voice's prompt that are cached with the voice.
+    seen: ``[B]`` made before this call, behind the shared ones. count: ``[B]`` made by it, at most ``hop``.
+    target: ``[B]`` the slots to write: ``slots``, or scratch for rows that must leave no trace.
+    """
+
+    config: FlowConfig
+    limits: FlowLimits
+    hop: int
+    slots: Tensor
+    target: Tensor
+    scratch: int
+    voice: Tensor
+    shared: Tensor
+    seen: Tensor
+    count: Tensor
+
+    @property
+    def start(self) -> Tensor:
+        """``[B]`` position of the first token."""
+        return self.shared + self.seen
+
+    def frames(self) -> Tensor:
+        """``[B, 2 hop]`` positions of the mel frames."""
+        return self.start[:, None] * RATE + torch.arange(self.hop * RATE, device=self.seen.device)
+
+    def made(self) -> Tensor:
+        """``[B, 2 hop]`` bool: which of the mel frames are made."""
+        return torch.arange(self.hop * RATE, device=self.seen.device) < (self.count * RATE)[:, None]
+
+
+class Cached:
+    """One call of ``B`` sessions through one pass of a network; rows are ``B * branches``, a session's side by side.
+
+    Attention reads the voice's prompt from ``voices``, the session's past from its ring and the call's own positions;
+    ``commit`` writes the convolutions' tails once the pass is through.
+    """
+
+    def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
+        """voices: ``[voices, ...]`` prompt caches under the names of the state. index: of the pass."""
+        self._shape, self._call, self._index = shape, call, index
+        rate, device = shape.rate, call.seen.device
+        self._ring, self._prompt = state[shape.rings][:, index], voices[shape.rings][:, index]
+        size, prompt = self._ring.shape[3], self._prompt.shape[3]
+        # What is not filled yet need not be read; where asking for that would stall the device, all of it is.
+        self._used = min(size, _most(call.seen) * rate) if device.type == "cpu" else size
+        self._told = min(prompt, _most(call.shared) * rate) if device.type == "cpu" else prompt
+
+        shared, first, end = ((tokens * rate)[:, None] for tokens in (call.shared, call.start, call.start + call.count))
+        query = first + torch.arange(call.hop * rate, device=device)
+        told = torch.arange(self._told, device=device).expand(len(query), -1)
+        # Ring entry r holds the newest position before the call that lies r behind the prompt, modulo the ring.
+        newest = first - shared - 1
+        held = shared + newest - (newest - torch.arange(self._used, device=device)) % size
+        self.queries, self.keys = query, torch.cat((told, held, query), 1)
+
+        # Padding attends as the last position does, so that no softmax is empty; nor is that of an empty row.
+        like = torch.minimum(query, (end - 1).clamp_min(first))
+        chunk = call.config.chunk * rate
+        begin = torch.maximum(like // chunk * chunk, first)[..., None]
+        until = torch.minimum(like // chunk * chunk + chunk, end)[..., None]
+        own = torch.cat((held, query), 1)[:, None]
+        allowed = (own >= shared[..., None]) & (own < until)
+        if call.limits.rolling:
+            allowed = allowed & (own >= begin - size)
+        prompted = (told < shared)[:, None].expand(-1, query.shape[1], -1)
+        allowed = torch.cat((prompted, allowed), 2) | (call.count == 0)[:, None, None]
+        self.bias = _bias(allowed, self._ring.dtype).repeat_interleave(shape.branches, 0)
+
+        kept = (query < end) & (query >= end - size)
+        rows = torch.where(kept, call.target[:, None], call.scratch)
+        branch = torch.arange(shape.branches, device=device)[:, None]
+        self._write = (rows[:, None], branch, ((query - shared) % size)[:, None])
+
+        tails = state[shape.tails][:, index]
+        fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
+        begun = voices[shape.tails][:, index].index_select(0, call.voice)
+        self._tails = torch.where(fresh, begun, tails.index_select(0, call.slots)).flatten(0, 1)
+        self._new_tails, self._tail_rows = tails, end - first
+        self._next = torch.zeros_like(self._tails)
+
+    def remember(self, layer: int, keys_values: Tensor) -> Tensor:
+        ring = self._ring[:, layer]
+        prompt = self._prompt[:, layer, :, : self._told].index_select(0, self._call.voice)
+        past = ring[:, :, : self._used].index_select(0, self._call.slots)
+        new = keys_values.unflatten(0, (-1, self._shape.branches))
+        ring.index_put_(self._write, new)
+        return torch.cat((prompt, past, new), 2).flatten(0, 1)
+
+    def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
+        keep = self._shape.keep
+        window = torch.cat((self._tails[:, keep - frames :, columns], x), 1)
+        count = self._tail_rows.repeat_interleave(self._shape.branches, 0)
+        last = (count + torch.arange(frames, device=x.device))[..., None].expand(-1, -1, x.shape[2])
+        self._next[:, keep - frames :, columns] = window.gather(1, last)
+        return window
+
+    def commit(self) -> None:
+        """Keep what the next call's convolutions need."""
+        self._new_tails.index_copy_(0, self._call.target, self._next.unflatten(0, (-1, self._shape.branches)))
+
+
+def _most(counts: Tensor) -> int:
+    return int(counts.max())
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, -math.inf)[:, None]
