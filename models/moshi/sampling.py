@@ -1,0 +1,135 @@
+"""Drawing tokens so that a session's draws depend on nothing but its seed and its own history.
+
+Noise comes from a counter: word ``i`` of step ``n`` of a session is ``mix(key(seed, n) + i * GAMMA)``, SplitMix64's
+output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014). So there is no generator to
+advance, and neighbours, batch sizes and the order of work on a device change nothing. A token is drawn by racing
+exponential clocks: the largest of ``p / noise`` (equally, of ``logit + Gumbel noise``) is a draw from ``p``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MOST_CANDIDATES = 512  # the largest top-k; 0 draws from all tokens
+HISTORY = 200  # the largest context of a repetition penalty, in words' pieces
+_BITS = 23  # of a uniform number: the largest, 1 - 2**-24, is still below 1 in float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one session's tokens are drawn.
+
+    Temperature 0 takes the likeliest token; ``top_k`` 0 draws from all. penalty: of text tokens among the last
+    ``penalty_context`` that were text, 1 for none. padding_bonus: added to the log-probability of the padding token,
+    so that the model says less (or, below 0, more). Seeds are at least 0.
+    """
+
+    text_temperature: float = 0.7
+    text_top_k: int = 25
+    audio_temperature: float = 0.8
+    audio_top_k: int = 250
+    penalty: float = 1.0
+    penalty_context: int = 64
+    padding_bonus: float = 0.0
+    text_seed: int = 0
+    audio_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it goes from {least:g} to {most:g}")
+
+    def inputs(self) -> dict[str, NDArray[np.generic]]:
+        """As a step takes them, text before audio."""
+        return {
+            "temperature": np.array([self.text_temperature, self.audio_temperature], np.float32),
+            "top_k": np.array([self.text_top_k, self.audio_top_k], np.int64),
+            "seed": np.array([self.text_seed, self.audio_seed], np.int64),
+            "penalty": np.array([self.penalty, self.penalty_context], np.float32),
+            "padding_bonus": np.array(self.padding_bonus, np.float32),
+        }
+
+
+_RANGES = (
+    ("text_temperature", 0.0, 100.0),
+    ("audio_temperature", 0.0, 100.0),
+    ("text_top_k", 0, MOST_CANDIDATES),
+    ("audio_top_k", 0, MOST_CANDIDATES),
+    ("penalty", 0.01, 100.0),
+    ("penalty_context", 0, HISTORY),
+    ("padding_bonus", -100.0, 100.0),
+    ("text_seed", 0, 2**63 - 1),
+    ("audio_seed", 0, 2**63 - 1),
+)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+GAMMA = _signed(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def mix(word: Tensor) -> Tensor:
+    """SplitMix64's output function on int64 words (arithmetic wraps)."""
+    word = (word ^ _shift(word, 30)) * _FIRST
+    word = (word ^ _shift(word, 27)) * _SECOND
+    return word ^ _shift(word, 31)
+
+
+def gumbel(seed: Tensor, step: Tensor, first: int, count: int) -> Tensor:
+    """``[B]`` int64 seeds and steps -> ``[B, count]`` float32: words ``first`` and up of the step's Gumbel noise."""
+    key = mix(mix(seed) + step * GAMMA)
+    index = torch.arange(first, first + count, device=seed.device)
+    word = mix(key[:, None] + index * GAMMA)
+    uniform = (_shift(word, 64 - _BITS).float() + 0.5) * 2.0**-_BITS
+    return -(-uniform.log()).log()
+
+
+def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+    """A token per row: ``[B, n]`` logits -> ``[B]`` int64.
+
+    noise: ``[B, n]`` of :func:`gumbel`. temperature: ``[B]``, 0 for the likeliest token. top_k: ``[B]`` int64, how many
+    of the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all.
+    """
+    most = min(MOST_CANDIDATES, logits.shape[1])
+    best = logits.topk(most, 1).values
+    last = best.gather(1, (top_k.clamp(1, most) - 1)[:, None])
+    logits = logits.masked_fill((logits < last) & (top_k > 0)[:, None], -math.inf)
+    hot = (temperature > 0)[:, None]
+    scores = logits / torch.where(hot, temperature[:, None], 1.0) + torch.where(hot, noise, 0.0)
+    return scores.argmax(1)
+
+
+def penalise(logits: Tensor, history: Tensor, context: Tensor, penalty: Tensor) -> Tensor:
+    """``[B, n]`` logits with what was said lately made less likely (CTRL, arXiv 1909.05858 section 4.1).
+
+    history: ``[B, HISTORY]`` tokens, the newest last, negative where there is none. context: ``[B]`` int64, how many
+    of them count. penalty: ``[B]``; positive logits are divided by it, others multiplied; 1 changes nothing.
+    """
+    age = torch.arange(history.shape[1], 0, -1, device=history.device)
+    counts = (history >= 0) & (age <= context[:, None])
+    said = logits.new_zeros(logits.shape[0], logits.shape[1] + 1, dtype=torch.bool)
+    said.scatter_(1, torch.where(counts, history, logits.shape[1]), True)
+    factor = penalty[:, None].to(logits.dtype)
+    return torch.where(said[:, :-1], torch.where(logits >= 0, logits / factor, logits * factor), logits)
+
+
+def remember(history: Tensor, tokens: Tensor, worth: Tensor) -> Tensor:
+    """The history with those of ``[B, T]`` tokens appended that ``worth`` (``[B, T]`` bool) marks."""
+    for token, keep in zip(tokens.split(1, 1), worth.split(1, 1), strict=True):
+        history = torch.where(keep, torch.cat((history[:, 1:], token), 1), history)
+    return history
+
+
+def _shift(word: Tensor, bits: int) -> Tensor:
+    """Logical right shift: int64's own keeps the sign."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
