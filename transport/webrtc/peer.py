@@ -33,7 +33,17 @@ from ..call import Call, Item
 from ..service import ConnectionLost
 from .ice import Guard
 from .receiver import RATE, AudioReceiver, attach, with_fec
-from .sdp import DENIED, LOOPBACK, REFUSALS, BadOffer, Network, check_offer
+from .sdp import (
+    DENIED,
+    LOOPBACK,
+    MOST_CANDIDATES,
+    REFUSALS,
+    BadOffer,
+    Fragment,
+    Network,
+    check_offer,
+    read_fragment,
+)
 from .sender import AudioSender
 from .video import VideoReceiver, bound
 
@@ -78,6 +88,10 @@ class Peer:
     """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
 
     handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
+class IceRestart(ValueError):
+    """The client wants a new ICE session on its peer, which aiortc cannot give it."""
+
+
     127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. rate: hertz
     of the sound that a new call hears. pictures: looked at in a second. after: the number of the last item that the
     client saw, None for where the last reader stopped.
@@ -107,6 +121,8 @@ class Peer:
         self._speaks = False  # the client takes our sound
         self._channel: RTCDataChannel | None = None
         self._channel_offered = False
+        self._ice: Fragment | None = None  # the client's, as it was offered
+        self._candidates = 0  # of the client so far
         self._open = asyncio.Event()  # the data channel is, or never will be
         self._messages: asyncio.Queue[str] = asyncio.Queue(UNREAD_MESSAGES)
         self._played = asyncio.Event()  # sound has left since the handler was told
@@ -124,12 +140,13 @@ class Peer:
         opus = [codec for codec in RTCRtpSender.getCapabilities("audio").codecs if codec.mimeType == "audio/opus"]
         try:
             for line in offer.splitlines():
+        self._ice = read_fragment(offer, denied=self._denied)
+        self._candidates = self._ice.stated
                 if line.startswith("m=audio"):
                     self._pc.addTransceiver("audio").setCodecPreferences(opus)
             await self._pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
             self._arrange(self._pc.getTransceivers())
-            transports: set[RTCIceTransport] = getattr(self._pc, "_RTCPeerConnection__iceTransports")  # noqa: B009
-            for transport in transports:
+            for transport in self._transports():
                 self.guard.attach(transport._connection, loopback=self._loopback)
             await self._pc.setLocalDescription(await self._pc.createAnswer())
         except REFUSALS as error:
@@ -147,6 +164,30 @@ class Peer:
     def _arrange(self, transceivers: list[RTCRtpTransceiver]) -> None:
         """Take the first microphone and the first camera if the graph does, and speak on the first audio line."""
         for transceiver in transceivers:
+    async def trickle(self, sdp: str) -> None:
+        """More of the client's candidates, in a fragment (RFC 8840); they count together with those of its offer.
+
+        What names another ICE session is a restart: raises IceRestart. Raises BadOffer.
+        """
+        assert self._ice is not None, "an offer comes first"
+        more = read_fragment(sdp, denied=self._denied)
+        if (more.username, more.password) != (self._ice.username, self._ice.password):
+            raise IceRestart("ICE is not restarted here: send a new offer, with ?resume= to go on with the call")
+        if unknown := set(more.mids) - set(self._ice.mids):
+            raise BadOffer(f"a=mid:{min(unknown)[:20]} was not in the offer")
+        if self._candidates + more.stated > MOST_CANDIDATES:
+            raise BadOffer(f"that makes {self._candidates + more.stated} candidates: {MOST_CANDIDATES} is the most")
+        self._candidates += more.stated
+        for transport in self._transports():  # there is one: an offer bundles
+            for candidate in more.candidates:
+                await transport.addRemoteCandidate(candidate)
+            if more.ended and len(more.candidates) == more.stated:
+                await transport.addRemoteCandidate(None)
+
+    def _transports(self) -> set[RTCIceTransport]:
+        transports: set[RTCIceTransport] = getattr(self._pc, "_RTCPeerConnection__iceTransports")  # noqa: B009
+        return transports
+
             speaks = hears = False
             if transceiver.kind == "audio":
                 hears = self.call.takes("audio") and self.receiver is None and transceiver.receiver.track is not None

@@ -5,6 +5,7 @@ our own page. Every one takes an SDP offer, answers it with all candidates, and 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import ipaddress
 import json
 import logging
@@ -24,11 +25,11 @@ from ..call import CallError, Item, TakenOver
 from ..protocols import plain
 from ..service import ConnectionLost, Full, NoSuchCall, Service
 from ..tokens import BadToken
-from .peer import Handler, NeverConnected, Peer
+from .peer import Handler, IceRestart, NeverConnected, Peer
 from .receiver import RATE
 from .sdp import LONGEST
 
-SDP = "application/sdp"
+SDP, FRAGMENT = "application/sdp", "application/trickle-ice-sdpfrag"
 LONGEST_BODY = LONGEST + 64 * 1024  # bytes: an offer, and what comes with it
 OPENAI_RATE = 24000  # hertz of ``audio/pcm``, a session's input format unless it says otherwise
 _CALLS = "/v1/realtime/calls"
@@ -51,6 +52,7 @@ def routes(service: Service) -> list[BaseRoute]:
     for path, start in (("/whip", peers.whip), ("/whep", peers.whip), (_CALLS, peers.realtime)):
         found.append(Route(path, start, methods=["POST", "OPTIONS"]))
         found.append(Route(path + "/{id}", peers.hang_up, methods=["DELETE"]))
+    found += [Route(path + "/{id}", peers.trickle, methods=["PATCH"]) for path in ("/whip", "/whep")]
     found.append(Route(_CALLS + "/{id}/hangup", peers.hang_up, methods=["POST"]))
     return found
 
@@ -67,14 +69,34 @@ class _Peers:
     async def whip(self, request: Request) -> Response:
         """WHIP and WHEP: an offer, answered; ``?resume=`` takes over a call."""
         if request.method == "OPTIONS":
-            return Response(headers={"Accept-Post": SDP})
+            return Response(headers={"Accept-Post": SDP, "Access-Control-Allow-Methods": "POST, PATCH, DELETE"})
         try:
             _accept(request, SDP)
-            offer = await _sdp(request)
+            offer = await _text(request, SDP)
             id, _, answer = await self._start(request, offer, resume=request.query_params.get("resume"))
         except _REFUSED as error:
             return _refuse(error)
-        return Response(answer, 201, {"Location": f"{request.url.path}/{id}"}, SDP)
+        headers = {"Location": f"{request.url.path}/{id}", "ETag": _tag(id), "Accept-Patch": FRAGMENT}
+        return Response(answer, 201, headers, SDP)
+
+    async def trickle(self, request: Request) -> Response:
+        """Candidates after the offer (RFC 9725 section 4.3), on the condition that ``If-Match`` names the ICE session.
+
+        Clients of older drafts send its tag in ``ETag``, which is as good. An ICE restart gets 422.
+        """
+        try:
+            id = request.path_params["id"]
+            peer, _ = self._found(id)
+            sdp = await _text(request, FRAGMENT)
+            condition = request.headers.get("if-match") or request.headers.get("etag")
+            if condition is None:
+                raise BadRequest(428, "the request has no If-Match: send the ETag of the answer in it")
+            if not {"*", _tag(id)} & {tag.strip() for tag in condition.split(",")}:
+                raise BadRequest(412, "If-Match is not the ETag of this ICE session")
+            await peer.trickle(sdp)
+        except _REFUSED as error:
+            return _refuse(error)
+        return Response(status_code=204)
 
     async def realtime(self, request: Request) -> Response:
         """OpenAI's: multipart ``sdp`` and ``session`` (JSON), or the offer alone; events on channel ``oai-events``."""
@@ -120,15 +142,20 @@ class _Peers:
 
     async def hang_up(self, request: Request) -> Response:
         """End a peer and its call."""
-        found = self.running.get(request.path_params["id"])
-        if found is None:
-            return _refuse(BadRequest(404, "no such call: it has ended"))
-        peer, task = found
+        try:
+            peer, task = self._found(request.path_params["id"])
+        except BadRequest as error:
+            return _refuse(error)
         peer.leave()
         await asyncio.wait([task])
         return Response(status_code=200)
 
     # ---------------------------------------------------------------- peers
+
+    def _found(self, id: str) -> tuple[Peer, asyncio.Task[None]]:
+        if id not in self.running:
+            raise BadRequest(404, "no such call: it has ended")
+        return self.running[id]
 
     async def _start(
         self,
@@ -228,6 +255,8 @@ def _refuse(error: Exception) -> Response:
     elif isinstance(error, Full):
         status, headers = 503, {"Retry-After": str(max(1, math.ceil(error.wait)))}
     elif isinstance(error, BadToken):
+    elif isinstance(error, IceRestart):
+        status = 422
         status = 401
     elif isinstance(error, NoSuchCall):
         status = 404
@@ -244,6 +273,11 @@ def _ended(task: asyncio.Task[None]) -> None:
 def _is_local(request: Request) -> bool:
     """Whether the client is on this host."""
     try:
+def _tag(id: str) -> str:
+    """The entity tag of a resource's ICE session, of which there is one."""
+    return f'"{hashlib.sha256(id.encode()).hexdigest()[:16]}"'
+
+
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         return False
@@ -268,19 +302,19 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _sdp(request: Request) -> str:
-    if _media_type(request) != SDP:
-        raise BadRequest(415, f"the body is {_media_type(request)[:40]!r}: send {SDP}")
+async def _text(request: Request, kind: str) -> str:
+    if _media_type(request) != kind:
+        raise BadRequest(415, f"the body is {_media_type(request)[:40]!r}: send {kind}")
     body = await _body(request)
     if not body:
-        raise BadRequest(400, "the body is empty: send the offer")
-    return body.decode(errors="strict")
+        raise BadRequest(400, "the body is empty: send the offer" if kind == SDP else "the body is empty")
+    return body.decode()
 
 
 async def _form(request: Request) -> tuple[str, dict[str, Any] | None]:
     """The offer, and the session that came with it."""
     if _media_type(request) != "multipart/form-data":
-        return await _sdp(request), None
+        return await _text(request, SDP), None
     length = request.headers.get("content-length")
     if length is None:
         raise BadRequest(411, "the form came without a Content-Length: send one")

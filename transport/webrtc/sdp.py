@@ -1,4 +1,5 @@
-"""Offers from strangers (SDP, RFC 8866; the use WebRTC makes of it, RFC 8829), checked before aiortc sees them.
+"""Offers from strangers (SDP, RFC 8866; the use WebRTC makes of it, RFC 8829), and candidates that come after them
+(fragments, RFC 8840 section 9), checked before aiortc sees them.
 
 aiortc parses whatever it gets: thousands of candidates stall the event loop for seconds, what is missing fails in a
 task that nobody awaits, and every candidate is sent a STUN packet, which lets an offer aim the server at addresses of
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+from aiortc import RTCIceCandidate
 from aiortc.exceptions import InternalError, InvalidAccessError, InvalidStateError, OperationError
-from aiortc.sdp import MediaDescription, SessionDescription
+from aiortc.sdp import MediaDescription, SessionDescription, candidate_from_sdp
 
 LONGEST = 64 * 1024  # bytes
 MOST_MEDIA = 4  # m= lines
@@ -31,6 +34,7 @@ DENIED: tuple[Network, ...] = tuple(
 )
 """Never a peer's: unspecified, link-local (where clouds answer questions about themselves), multicast, mapped."""
 
+_LINE = re.compile(r"[a-z]=.*")
 _UFRAG, _PASSWORD = re.compile(r"[A-Za-z0-9+/]{4,256}"), re.compile(r"[A-Za-z0-9+/]{22,256}")
 
 
@@ -72,6 +76,58 @@ def check_offer(sdp: str, *, denied: Iterable[Network] = (*DENIED, *LOOPBACK)) -
     if sum(section.kind == "application" for section in description.media) > 1:
         raise BadOffer("the offer has more than one m=application line: one carries every data channel")
     return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """ICE attributes of a peer, of its whole description or of what came later.
+
+    username, password: of the first section, whose transport carries the whole bundle (RFC 9143 section 7.2). mids: the
+    m= lines named. candidates: those that may be contacted. stated: how many there were. ended: no more come.
+    """
+
+    username: str
+    password: str
+    mids: tuple[str, ...]
+    candidates: tuple[RTCIceCandidate, ...]
+    stated: int
+    ended: bool
+
+
+def read_fragment(sdp: str, *, denied: Iterable[Network] = (*DENIED, *LOOPBACK)) -> Fragment:
+    """The ICE attributes of a description or a fragment. Raises BadOffer.
+
+    Candidates are left out as by ``check_offer``, and those of a transport other than UDP too.
+    """
+    size = len(sdp.encode(errors="surrogatepass"))
+    if size > LONGEST:
+        raise BadOffer(f"the fragment has {size} bytes: {LONGEST} is the most")
+    lines = [line.rstrip() for line in sdp.splitlines() if line.strip()]
+    if not all(_LINE.fullmatch(line) for line in lines):
+        raise BadOffer("the fragment is not SDP: send lines of application/trickle-ice-sdpfrag (RFC 8840)")
+    values: dict[str, list[str]] = {name: [] for name in ("mid", "ice-ufrag", "ice-pwd", "candidate")}
+    for line in lines:
+        name, _, value = line[2:].partition(":")
+        if line.startswith("a=") and name in values:
+            values[name].append(value)
+    stated = values["candidate"]
+    if len(stated) > MOST_CANDIDATES:
+        raise BadOffer(f"the fragment has {len(stated)} candidates: {MOST_CANDIDATES} is the most")
+    if not values["ice-ufrag"] or not values["ice-pwd"]:
+        raise BadOffer("the fragment has no a=ice-ufrag or no a=ice-pwd: send those of the offer")
+    reached = tuple(denied)
+    try:
+        found = [candidate_from_sdp(one) for one in stated if _reachable(f"a=candidate:{one}", reached)]
+    except PARSE_ERRORS as error:
+        raise BadOffer(f"a candidate is malformed ({type(error).__name__}): send those of the browser") from error
+    return Fragment(
+        values["ice-ufrag"][0],
+        values["ice-pwd"][0],
+        tuple(values["mid"]),
+        tuple(one for one in found if one.protocol.lower() == "udp"),
+        len(stated),
+        "a=end-of-candidates" in lines,
+    )
 
 
 def _check_section(section: MediaDescription, name: str) -> None:

@@ -230,7 +230,7 @@ def test_whip_answers_and_delete_frees_everything() -> None:
             (call,) = server.service.calls.values()
             await until(lambda: call.heard_seconds > 0.3)
             assert (await server.http.get("/whip")).status_code == 405
-            assert (await server.http.patch(location, content=b"")).status_code == 405
+            assert (await server.http.put(location, content=b"")).status_code == 405
             assert (await server.http.delete("/whip/other")).status_code == 404
             assert (await server.http.delete(location)).status_code == 200
             assert not server.service.calls
