@@ -63,7 +63,7 @@ async def _call(payloads: Sequence[bytes], seconds: float, loss: float, own: boo
     await talker.setLocalDescription(await talker.createOffer())
     await listener.setRemoteDescription(talker.localDescription)
     receiver = listener.getReceivers()[0]
-    audio = attach(receiver) if own else None
+    audio = attach(receiver, paced=True) if own else None
     await listener.setLocalDescription(await listener.createAnswer())
     handle, rng = receiver.transport._handle_rtp_data, random.Random(1)
     stamps: list[int] = []

@@ -245,7 +245,7 @@ async def mouth_to_ear(path: str, seconds: float) -> dict[str, Any]:
     async with serving(path) as http:
         try:
             receiver = await client.connect(http)
-            audio = attach(receiver)
+            audio = attach(receiver, paced=True)
             async for played in audio:
                 pieces.append(played.samples)
                 origins.append(time.monotonic() - played.position / RATE)

@@ -47,6 +47,7 @@ DTX_BYTES = 2  # a packet this small says that nobody speaks
 FEC_MEMORY = 100  # packets: two losses within them are reason to wait for FEC
 
 _MISSING_KEPT = 512
+_ROUNDING = 1e-6  # seconds
 
 
 class Kind(IntEnum):
@@ -231,8 +232,29 @@ class PlayoutBuffer:
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
-    def pull(self, now: float) -> Played:
-        """The frame that is due at ``now``."""
+    def begins(self) -> float | None:
+        """When the stream that waits to begin is due; None before its first packet, and once it plays."""
+        if self._started or not self._packets:
+            return None
+        return self._packets[0].position / self.rate + self._target() + _ROUNDING
+
+    def complete(self, due: float) -> bool:
+        """Whether all sound of the frame due then has come, and that of a splice where one is wanted."""
+        if not self._started or self._resting:
+            return bool(self._packets) and self._due(self._packets[0], due)
+        lacking = self.frame - len(self._samples)
+        if due - self.media_position / self.rate - self._target() > SLACK[1]:
+            lacking += self._longest_lag
+        end = self._end
+        for packet in self._packets:
+            if lacking <= 0 or abs(packet.position - end) >= self._step:
+                break
+            lacking -= packet.count
+            end += packet.count
+        return lacking <= 0
+
+    def pull(self, now: float, *, whole: bool = False) -> Played:
+        """The frame that is due at ``now``; ``whole``: with what was decoded beyond it."""
         self._fill(now, self.frame)
         spliced = False
         if self._started and not self._resting:
@@ -240,13 +262,14 @@ class PlayoutBuffer:
             if spliced := self._steer(self._behind - self._target()):
                 self._fill(now, self.frame)
                 self._unspliced = 0
-        self._unspliced += self.frame
-        samples, self._samples = self._samples[: self.frame], self._samples[self.frame :]
-        kind = self._take_runs(self.frame)
+        count = len(self._samples) if whole and not self._held and not self._made else self.frame
+        self._unspliced += count
+        samples, self._samples = self._samples[:count], self._samples[count:]
+        kind = self._take_runs(count)
         if spliced and kind is Kind.DECODED:
             kind = Kind.STRETCHED
         position = self._position
-        self._position += self.frame
+        self._position += count
         self._loudness = max(_loudness(samples), LOUDNESS_KEPT * self._loudness)
         return Played(samples, position, kind)
 

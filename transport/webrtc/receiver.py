@@ -22,6 +22,7 @@ from aiortc.rtp import RtpPacket
 
 from ...codecs.opus import decoder as opus_decoder
 from ...pipelines.clock import Clock, running_clock
+from .pacing import wait_until
 from .playout import Played, PlayoutBuffer, PlayoutStats
 
 FRAME = 0.02  # seconds
@@ -50,18 +51,19 @@ class UnknownAiortc(RuntimeError):
 
 
 class AudioReceiver(AsyncIterator[Played]):
-    """What a peer says: ``Played`` frames of 20 ms, mono float32 at 16 kHz, paced by the clock.
+    """What a peer says, mono float32 at 16 kHz, from its first packet until ``close`` or the end of the connection.
 
-    The first comes when the first packet has; from then on there is one every 20 ms, until ``close`` or the connection
-    ends. ``position`` counts the samples handed out. A reader that pauses loses what exceeds a second of packets (see
-    ``stats.overflowed``); nothing grows while nobody reads. One task reads.
+    paced: ``Played`` frames of 20 ms, one every 20 ms, as a loudspeaker needs them. Otherwise, as a graph does, each as
+    soon as its sound is there, and at the latest when a loudspeaker would; then what is missing is made up. Such frames
+    may be longer than 20 ms. ``position`` counts the samples handed out. A reader that pauses loses what exceeds a
+    second of packets (see ``stats.overflowed``); nothing grows while nobody reads. One task reads.
     """
 
-    def __init__(self, clock: Clock, rate: int = RATE) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, rate: int = RATE, *, paced: bool = False) -> None:
+        self.clock, self.paced = clock, paced
         self.buffer = PlayoutBuffer(opus_decoder(rate), round(FRAME * rate))
         self.errors = 0  # packets that something unforeseen was wrong with
-        self._changed = asyncio.Event()  # the first packet came, or the end
+        self._changed = asyncio.Event()  # a packet came, or the end
         self._closed = False
         self._ssrc: int | None = None
         self._due: float | None = None  # clock time of the next frame
@@ -98,20 +100,28 @@ class AudioReceiver(AsyncIterator[Played]):
     async def __anext__(self) -> Played:
         if self._due is None:
             await self._changed.wait()
-            self._due = self.clock.now()
-        if not self._closed:
+            begins = None if self.paced else self.buffer.begins()
+            self._due = self.clock.now() if begins is None else begins
+        if self.paced and not self._closed:
             await self.clock.sleep_until(self._due)
+        while not self.paced and not self._closed and not self.buffer.complete(self._due):
+            self._changed.clear()
+            if not await wait_until(self._changed, self._due, self.clock):
+                break
         if self._closed:
             raise StopAsyncIteration
         due, now = self._due, self.clock.now()
         if now - due > BEHIND * FRAME:
             due = now
-        self._due = due + FRAME
-        return self.buffer.pull(due)
+        played = self.buffer.pull(due, whole=not self.paced)
+        self._due = due + len(played.samples) / self.buffer.rate
+        return played
 
 
-def attach(receiver: RTCRtpReceiver, *, clock: Clock | None = None) -> AudioReceiver:
+def attach(receiver: RTCRtpReceiver, *, clock: Clock | None = None, paced: bool = False) -> AudioReceiver:
     """Take over an audio receiver, before or after it was started; its ``track`` ends for everybody else.
+
+    paced: see ``AudioReceiver``.
 
     Raises ValueError for a receiver of video and UnknownAiortc where aiortc has changed.
     """
@@ -120,7 +130,7 @@ def attach(receiver: RTCRtpReceiver, *, clock: Clock | None = None) -> AudioRece
     kind = _private(receiver, "kind")
     if kind != "audio":
         raise ValueError(f"only audio is received here, got a receiver of {kind}")
-    audio = AudioReceiver(clock or running_clock())
+    audio = AudioReceiver(clock or running_clock(), paced=paced)
     start, stop, disconnect = receiver.receive, receiver.stop, receiver._handle_disconnect
 
     async def handle_rtp_packet(packet: RtpPacket, arrival_time_ms: int) -> None:

@@ -1,4 +1,4 @@
-"""Sound to a peer: reply audio as packets of Opus, 20 ms each, made here and paced by the clock.
+"""Sound to a peer: reply audio as packets of Opus, 20 ms each, made here and paced (``pacing.py``).
 
 aiortc's own encoder is given 96 kb/s stereo and a level meter in Python that costs more than the encoding; a track that
 returns packets goes around both. What leaves is mono at 24 kHz with in-band FEC (RFC 7587). While there is nothing to
@@ -24,35 +24,38 @@ from ...codecs.opus import CLOCK_RATE, Encoder
 from ...codecs.opus import encoder as opus_encoder
 from ...codecs.resample import Resampler
 from ...pipelines.clock import Clock, running_clock
+from .pacing import FRAME, Pace, wait_until
 
 RATE = 24000
-FRAME = 0.02  # seconds
 SAMPLES = round(FRAME * RATE)
-TICKS = round(FRAME * CLOCK_RATE)
-LEAD = 0.04  # seconds that are there before sound begins or goes on after a gap
 MOST = 10.0  # seconds that wait before ``write`` does
-BEHIND = 10  # frames that may be caught up on; beyond them sending goes on from now
+PLENTY = 0.1  # seconds of sound that need no lead
 SETTLED = 25  # silent frames after which the next would be the same
+SOON = 1e-4  # seconds: a timer's inexactness
 
 Samples = NDArray[np.float32]
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Sound at ``RATE`` from media time ``start`` to ``end`` (seconds); a final one is the last of its utterance."""
+    """Sound at ``RATE`` from media time ``start`` to ``end`` (seconds); a final one is the last of its utterance.
+
+    at: clock time at which it was written.
+    """
 
     samples: Samples
     epoch: int
     start: float
     end: float
     final: bool
+    at: float
 
 
 class AudioSender(MediaStreamTrack):
-    """The track to add to a peer connection.
+    """The track to add to a peer connection; ``pace`` says when its packets leave.
 
     heard: called with (epoch, media seconds) as sound leaves. epoch: the running epoch; sound of earlier ones is
-    dropped, whenever it looks. lead: see LEAD.
+    dropped, whenever it looks. lead: see ``Pace``.
     """
 
     kind = "audio"
@@ -64,26 +67,31 @@ class AudioSender(MediaStreamTrack):
         epoch: Callable[[], int] | None = None,
         clock: Clock | None = None,
         encoder: Encoder | None = None,
-        lead: float = LEAD,
+        lead: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heard, self.lead = heard, lead
+        self.heard = heard
         self.clock = clock or running_clock()
+        self.pace = Pace(self.clock.now(), lead)
         self.encoder = encoder or opus_encoder(RATE, fec=True)
-        self.packets = self.gaps = self.dropped = 0  # gaps: times the sound ran out before its end; dropped: samples
+        self.packets = self.dropped = 0  # dropped: samples
         self._epoch_now = epoch
         self._epoch = -1
         self._pieces: deque[_Piece] = deque()
         self._queued = 0  # samples
         self._room = asyncio.Event()  # set at every change of the queue
+        self._news = asyncio.Event()  # set at what may change the time of the next packet
         self._resampler: Resampler | None = None
         self._taken = 0.0  # media time up to which sound was written
         self._made = 0.0  # media time up to which it has come out of the resampler
         self._speaking = False
         self._silent = 0  # silent frames sent since the last sound
         self._silence = b""
-        self._frame = 0  # of 20 ms, since the first
-        self._begin: float | None = None
+
+    @property
+    def gaps(self) -> int:
+        """Times that the sound ran out before its end."""
+        return self.pace.gaps
 
     @property
     def queued(self) -> float:
@@ -121,7 +129,8 @@ class AudioSender(MediaStreamTrack):
         kept = deque(piece for piece in self._pieces if piece.epoch >= epoch)
         count = sum(len(piece.samples) for piece in kept)
         self.dropped += self._queued - count
-        self._pieces, self._queued, self._speaking, self._resampler = kept, count, False, None
+        self._pieces, self._queued, self._resampler = kept, count, None
+        self._rest()
         self._room.set()
 
     async def drained(self) -> None:
@@ -134,29 +143,63 @@ class AudioSender(MediaStreamTrack):
         """End the track: whoever waits to write goes on, in vain."""
         super().stop()
         self._room.set()
+        self._news.set()
 
     async def recv(self) -> av.Packet[Any]:
         """The packet to send now, in time. Raises MediaStreamError after the end."""
-        if self._begin is None:
-            self._begin = self.clock.now()
-        late = int((self.clock.now() - self._begin) / FRAME) - self._frame
-        if late > BEHIND:
-            self._frame += late
-        await self.clock.sleep_until(self._begin + self._frame * FRAME)
+        if not self.packets:
+            self.pace.due = self.clock.now()
+        self._news.clear()
+        while self.readyState == "live" and await wait_until(self._news, self._when(), self.clock):
+            self._news.clear()
         if self.readyState != "live":
             raise MediaStreamError
-        packet: av.Packet[Any] = av.Packet(self._next())
-        packet.pts, packet.time_base = self._frame * TICKS, Fraction(1, CLOCK_RATE)
-        self._frame += 1
+        if self._epoch_now is not None:
+            self.flush(self._epoch_now())
+        now = self.clock.now()
+        payload, came = self._next(now)
+        packet: av.Packet[Any] = av.Packet(payload)
+        packet.pts, packet.time_base = self.pace.send(now, came), Fraction(1, CLOCK_RATE)
         self.packets += 1
         return packet
 
-    def _next(self) -> bytes:
-        if self._epoch_now is not None:
-            self.flush(self._epoch_now())
-        if not self._ready():
-            return self._silent_frame()
-        frame, filled, heard = np.zeros(SAMPLES, np.float32), 0, None
+    def _when(self) -> float:
+        """The clock time at which to send the next packet, as things are."""
+        if self._speaking:
+            return self.pace.due if self._complete() else self.pace.patient
+        return min(self.pace.due, self._begins())
+
+    def _begins(self) -> float:
+        """The clock time at which the sound that waits is to begin."""
+        if not self._pieces:
+            return float("inf")
+        came = self._pieces[0].at
+        return came if self._queued >= PLENTY * RATE or self._ended() else came + self.pace.lead
+
+    def _complete(self) -> bool:
+        """Whether there is sound for a frame: enough of it, or the end of an utterance."""
+        return self._queued >= SAMPLES or self._ended()
+
+    def _ended(self) -> bool:
+        return any(piece.final for piece in self._pieces)
+
+    def _next(self, now: float) -> tuple[bytes, float | None]:
+        """The payload to send, and when its sound was complete."""
+        if not self._speaking and self._begins() <= now + SOON:
+            self._speaking = True
+            self.pace.begin(now)
+            lacking = 0 if self._ended() else max(0, SAMPLES - self._queued)  # a resampler keeps a little back
+            return self._sound(lacking)
+        if self._speaking and not self._complete():
+            self.pace.run_out(now)
+            left = self._sound() if self._queued else None
+            self._rest()
+            return left or (self._silent_frame(), None)
+        return self._sound() if self._speaking else (self._silent_frame(), None)
+
+    def _sound(self, lacking: int = 0) -> tuple[bytes, float | None]:
+        """The next frame, after ``lacking`` samples of silence, and when its sound was complete."""
+        frame, filled, piece = np.zeros(SAMPLES, np.float32), lacking, self._pieces[0]
         while self._pieces and (filled < SAMPLES or not len(self._pieces[0].samples)):
             piece = self._pieces[0]
             count = min(SAMPLES - filled, len(piece.samples))
@@ -166,28 +209,21 @@ class AudioSender(MediaStreamTrack):
             share = count / len(piece.samples) if len(piece.samples) else 1.0
             piece.start += share * (piece.end - piece.start)
             piece.samples = piece.samples[count:]
-            heard = (piece.epoch, piece.start)
             if not len(piece.samples):
                 self._pieces.popleft()
                 if piece.final:
-                    self._speaking = False
+                    self._rest()
                     break
         self._room.set()
-        packet = self.encoder.encode(frame)
         self._silent = 0
-        if heard is not None:
-            self.heard(*heard)
-        return packet
+        self.heard(piece.epoch, piece.start)
+        return self.encoder.encode(frame), piece.at
 
-    def _ready(self) -> bool:
-        """Whether there is sound for a frame: enough of it, or the end of an utterance."""
-        needed = SAMPLES if self._speaking else max(SAMPLES, round(self.lead * RATE))
-        if self._queued >= needed or any(piece.final for piece in self._pieces):
-            self._speaking = True
-            return True
-        self.gaps += self._speaking
-        self._speaking = False
-        return False
+    def _rest(self) -> None:
+        """Nothing is said any more."""
+        if self._speaking:
+            self._speaking = False
+            self.pace.end()
 
     def _silent_frame(self) -> bytes:
         if self._silent < SETTLED:
@@ -207,7 +243,7 @@ class AudioSender(MediaStreamTrack):
         if not len(samples) and not final:
             return
         end = self._taken if final else self._made + len(samples) / RATE
-        self._pieces.append(_Piece(samples, self._epoch, self._made, end, final))
+        self._pieces.append(_Piece(samples, self._epoch, self._made, end, final, self.clock.now()))
         self._made = end
         self._queued += len(samples)
-        self._room.set()
+        self._news.set()

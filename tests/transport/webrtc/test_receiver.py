@@ -85,7 +85,7 @@ async def call(monkeypatch: pytest.MonkeyPatch, *, loss: float = 0.0, late: bool
     talker.addTrack(talk)
     found: list[AudioReceiver] = []
     if not late:
-        listener.on("track", lambda track: found.append(attach(listener.getReceivers()[0])))
+        listener.on("track", lambda track: found.append(attach(listener.getReceivers()[0], paced=True)))
     connected = asyncio.Event()
     listener.on("connectionstatechange", lambda: listener.connectionState == "connected" and connected.set())
     await talker.setLocalDescription(await talker.createOffer())
@@ -106,7 +106,7 @@ async def call(monkeypatch: pytest.MonkeyPatch, *, loss: float = 0.0, late: bool
     await talker.setRemoteDescription(answer)
     await asyncio.wait_for(connected.wait(), 10)
     if late:
-        found.append(attach(receiver))
+        found.append(attach(receiver, paced=True))
     try:
         yield Call(talker, listener, talk, answer, receiver, found[0], dropped)
     finally:
@@ -289,7 +289,7 @@ def test_no_packet_raises_or_grows_anything(monkeypatch: pytest.MonkeyPatch) -> 
 def test_frames_are_paced_by_the_clock_and_a_slow_reader_goes_on_from_now() -> None:
     async def run() -> None:
         clock, packets = VirtualClock(), encoded()
-        audio = AudioReceiver(clock)
+        audio = AudioReceiver(clock, paced=True)
 
         async def send() -> None:
             for i, payload in enumerate(packets):
@@ -327,7 +327,7 @@ def test_frames_are_paced_by_the_clock_and_a_slow_reader_goes_on_from_now() -> N
 def test_a_new_ssrc_is_a_new_stream() -> None:
     async def run() -> None:
         clock, packets = VirtualClock(), encoded()
-        audio = AudioReceiver(clock)
+        audio = AudioReceiver(clock, paced=True)
         for i, payload in enumerate(packets):
             audio.push(rtp(i if i < 150 else i + 5000, payload, ssrc=1 + (i >= 150)))
             await anext(audio)
@@ -340,7 +340,7 @@ def test_a_new_ssrc_is_a_new_stream() -> None:
 
 def test_closing_wakes_a_waiting_reader() -> None:
     async def run() -> None:
-        audio = AudioReceiver(VirtualClock())
+        audio = AudioReceiver(VirtualClock(), paced=True)
         reading = asyncio.create_task(listen(audio, 1))
         await asyncio.sleep(0)
         audio.close()

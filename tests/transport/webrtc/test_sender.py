@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import antiphon
 from antiphon.codecs import opus
 from antiphon.codecs.audio_file import read
 from antiphon.pipelines.clock import run_virtual
-from antiphon.transport.webrtc.sender import FRAME, LEAD, MOST, AudioSender
+from antiphon.transport.webrtc.pacing import FRAME, LEAD_STEP, LONGEST_LEAD, PATIENCE
+from antiphon.transport.webrtc.sender import MOST, AudioSender
 
 CLIP = Path(antiphon.__file__).parent / "apps" / "samples" / "two_cities.flac"
 SPEECH = read(CLIP, 24000)[: 24000 * 3]
@@ -160,19 +161,110 @@ def test_a_writer_waits_while_ten_seconds_are_queued() -> None:
     on_virtual_time(main())
 
 
-def test_sound_that_runs_out_is_counted_and_waits_for_a_lead() -> None:
+class Live:
+    """A sender to which sound is written as it is made, ``pieces`` of seconds and samples, while a peer takes it."""
+
+    def __init__(self, pieces: list[tuple[float, int]], seconds: float, *, lead: float = 0.0) -> None:
+        self.heard: list[tuple[float, float]] = []  # clock time, media time
+        run_virtual(self._run(pieces, seconds, lead))
+
+    async def _run(self, pieces: list[tuple[float, int]], seconds: float, lead: float) -> None:
+        now = asyncio.get_running_loop().time
+        self.sender = AudioSender(lambda epoch, at: self.heard.append((now(), at)), lead=lead)
+        self.peer = Peer(self.sender)
+        taking = asyncio.create_task(self.peer.take(1 << 30))
+        at = 0
+        for when, count in pieces:
+            await asyncio.sleep(when - now())
+            await self.sender.write(TONE[at : at + count], 24000, 0, at / 24000)
+            at += count
+        await asyncio.sleep(seconds - now())
+        taking.cancel()
+        self.delays = [1000 * (when - media) for when, media in self.heard]
+
+
+TONE = np.sin(np.arange(24000 * 60) / 10).astype(np.float32) * 0.3
+BEGIN = 0.113  # seconds: between two packets of silence
+
+
+def live(seconds: float, wait: Callable[[int], float] = lambda number: 0.0) -> list[tuple[float, int]]:
+    """Pieces of 20 ms, each complete 20 ms after the last, and then on its way for ``wait``."""
+    return [(BEGIN + number * FRAME + wait(number), 480) for number in range(round(seconds / FRAME))]
+
+
+def test_sound_leaves_the_moment_it_is_there() -> None:
+    run = Live(live(3), 3)
+    assert run.delays == pytest.approx([1000 * (BEGIN - FRAME)] * len(run.delays), abs=0.01)
+    assert set(np.diff(run.peer.pts)) == {960}
+    assert (run.sender.gaps, run.sender.pace.late) == (0, 0)
+
+
+def test_a_little_that_a_resampler_keeps_back_does_not_cost_a_frame() -> None:
+    pieces = live(3)
+    pieces[0] = pieces[0][0], 456
+    run = Live(pieces, 3)
+    assert max(run.delays) < 1000 * (BEGIN - FRAME) + 1.1
+    assert np.abs(run.peer.sound[6][:20]).max() < 0.05  # the first frame begins with the silence that was lacking
+
+
+def test_sound_that_comes_late_keeps_its_place_and_what_follows_catches_up() -> None:
+    run = Live(live(3, lambda number: PATIENCE - 0.005 if number == 60 else 0.0), 3)
+    assert set(np.diff(run.peer.pts)) == {960}
+    usual = 1000 * (BEGIN - FRAME)
+    assert [round(delay - usual) for delay in run.delays[58:65]] == [0, 0, 55, 35, 15, 0, 0]
+    assert (run.sender.gaps, run.sender.pace.late, run.sender.pace.lead) == (0, 3, 0)
+
+
+def test_sound_that_stays_away_is_a_gap_and_teaches_a_lead() -> None:
+    hole = live(1), [(when + 0.3, count) for when, count in live(12)]
+    run = Live([*hole[0], *((when + 1, count) for when, count in hole[1])], 13.4)
+    assert run.sender.gaps == 1
+    apart = np.diff(run.peer.times)
+    assert apart.max() == pytest.approx(FRAME + PATIENCE)
+    assert sum(np.abs(sound).max() < 0.01 for sound in run.peer.sound[55:75]) >= 8
+    spread = [tick / 960 * FRAME - when for tick, when in zip(run.peer.pts, run.peer.times, strict=True)]
+    assert max(spread) - min(spread) < PATIENCE + FRAME  # media time goes on with the clock
+    resumed = [delay - run.delays[0] for delay in run.delays[50:]]
+    assert resumed[0] == pytest.approx(1000 * (0.3 + LEAD_STEP), abs=1)
+    assert resumed[-1] == pytest.approx(1000 * (0.3 + LEAD_STEP / 2), abs=3)  # given back while it is quiet
+    assert run.sender.pace.lead == pytest.approx(LEAD_STEP / 2)
+
+
+def test_gaps_teach_no_more_than_the_longest_lead() -> None:
+    pieces = [(number * 0.5, 480 * 5) for number in range(40)]
+    run = Live(pieces, 20)
+    assert run.sender.gaps > 30
+    assert run.sender.pace.lead == LONGEST_LEAD
+
+
+def test_what_waits_for_no_reason_is_worked_off() -> None:
+    burst = [(BEGIN, 480 * 3), *live(20)[1:]]  # 40 ms more than were heard in time
+    run = Live(burst, 20)
+    assert run.sender.queued == pytest.approx(0.04, abs=0.021)
+    assert run.delays[-1] < run.delays[2] - 35
+
+
+def test_sound_made_ahead_is_sent_in_real_time() -> None:
+    run = Live([(BEGIN + number * 0.06, 1920) for number in range(100)], 6)  # 80 ms each 60 ms
+    took = run.heard[-1][0] - run.heard[0][0]
+    assert took == pytest.approx(run.heard[-1][1] - run.heard[0][1], abs=2 * FRAME)
+    assert run.sender.gaps == 0
+
+
+def test_what_began_early_is_made_up_for_in_the_silence_after_it() -> None:
     async def main() -> None:
-        reports: list[float] = []
-        sender = AudioSender(lambda epoch, seconds: reports.append(seconds))
+        sender = AudioSender(lambda epoch, seconds: None)
         peer = Peer(sender)
-        await sender.write(SPEECH[:480], 24000, 0, 0.0)
-        await peer.take(1)
-        assert reports == []
-        await sender.write(SPEECH[480:960], 24000, 0, 0.02)
-        assert sender.queued == pytest.approx(LEAD)
-        await peer.take(3)
-        assert reports == pytest.approx([0.02, 0.04])
-        assert sender.gaps == 1
+        taking = asyncio.create_task(peer.take(1 << 30))
+        for number in range(40):
+            await asyncio.sleep(0.213)
+            await sender.write(TONE[:960], 24000, 0, float(number), final=True)
+        await asyncio.sleep(0.5)
+        taking.cancel()
+        ahead = [tick / 48000 - (when - peer.times[0]) for tick, when in zip(peer.pts, peer.times, strict=True)]
+        assert max(ahead) <= FRAME
+        assert ahead[-1] == pytest.approx(0, abs=1e-3)
+        assert len({round(one, 3) for one in ahead}) > 2  # the control: some did begin early
 
     on_virtual_time(main())
 

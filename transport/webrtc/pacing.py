@@ -1,0 +1,104 @@
+"""When packets of sound leave: as their sound comes while it is made as it is heard, on the clock where it is ahead.
+
+A sender that holds sound back to be safe delays all of it, and the peer's playout buffer, which measures how irregular
+the packets are, does the same again. So nothing is held back at first: a frame leaves when its sound is complete, but
+not before its predecessors have been heard. Sound that comes a little late is sent a little late, in its place in
+media time; what comes after may catch up. Only when it stays away is there a gap, and each gap teaches a lead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from ...codecs.opus import CLOCK_RATE
+from ...pipelines.clock import Clock
+
+FRAME = 0.02  # seconds
+TICKS = round(FRAME * CLOCK_RATE)
+PATIENCE = 0.06  # seconds that a frame may be late for want of sound; then there is a gap
+BEHIND = 0.2  # seconds that may be caught up on; beyond them sending goes on from now
+LEAD_STEP, LONGEST_LEAD = 0.02, 0.1  # seconds that a gap adds to the lead, up to
+QUIET = 500  # frames of sound without a gap, after which half a step is taken back
+WINDOW = 50  # frames of sound of which the one that waited least is looked for
+EXCESS = 0.002  # seconds that a wait may be too long
+AHEAD = 0.1  # seconds: sound that always waits longer is made ahead, not as it is heard
+
+
+async def wait_until(event: asyncio.Event, when: float, clock: Clock) -> bool:
+    """Wait until ``event`` is set, at the latest until ``when`` on the clock; whether it was set."""
+    try:
+        async with asyncio.timeout(when - clock.now()):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
+class Pace:
+    """The times of a stream's packets, 20 ms each.
+
+    due: clock time at which the next packet leaves, if its sound is there. ticks: its place in media time, at
+    CLOCK_RATE. lead: seconds that sound waits before it begins, and keeps waiting at the least. gaps: times that sound
+    ran out before its end. late: frames that waited for their sound.
+    """
+
+    def __init__(self, now: float, lead: float = 0.0) -> None:
+        self.due, self.ticks, self.lead = now, 0, lead
+        self.gaps = self.late = 0
+        self._sent = now
+        self._early = 0.0  # seconds by which the utterance began before its first packet was due
+        self._least = AHEAD  # that the sound of a frame waited, of the last frames
+        self._looked = self._quiet = 0  # frames of sound since then; since a gap
+
+    @property
+    def patient(self) -> float:
+        """The clock time until which sound that is due may be waited for."""
+        return max(self.due, self._sent + FRAME) + PATIENCE
+
+    def begin(self, now: float) -> None:
+        """Sound begins: at once, though silence has just been sent."""
+        self._early = max(0.0, self.due - now)
+        self.due -= self._early
+        self._least, self._looked = AHEAD, 0
+
+    def end(self) -> None:
+        """Sound ends: the silence after it makes up for the one that was cut short."""
+        self.due += self._early
+        self._early = 0.0
+
+    def run_out(self, now: float) -> None:
+        """Sound did not come in time."""
+        self.gaps += 1
+        self.lead = min(self.lead + LEAD_STEP, LONGEST_LEAD)
+        self._quiet = 0
+        self._skip(now)
+
+    def send(self, now: float, came: float | None) -> int:
+        """A packet leaves; its place in media time. came: when its sound was complete, None for silence."""
+        if now - self.due > BEHIND:
+            self._skip(now)
+        if came is not None:
+            self._watch(now, came)
+        ticks, self._sent = self.ticks, now
+        self.ticks += TICKS
+        self.due += FRAME
+        return ticks
+
+    def _skip(self, now: float) -> None:
+        """Leave out the time in which nothing was sent."""
+        self.ticks += max(0, round((now - self.due) * CLOCK_RATE))
+        self.due = max(self.due, now)
+
+    def _watch(self, now: float, came: float) -> None:
+        """Follow the times at which sound comes: later at once, earlier when a whole window was."""
+        if came > self.due:
+            self.late += came - self.due > EXCESS
+            self.due = max(self.due, now - PATIENCE)
+        self._least = min(self._least, now - came)
+        self._looked += 1
+        if self._looked == WINDOW:
+            if self._least < AHEAD and self._least - self.lead > EXCESS:
+                self.due -= min(self._least - self.lead, FRAME)
+            self._least, self._looked = AHEAD, 0
+        self._quiet += 1
+        if self._quiet == QUIET:
+            self.lead, self._quiet = max(0.0, self.lead - LEAD_STEP / 2), 0
