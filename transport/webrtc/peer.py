@@ -84,14 +84,14 @@ class NeverConnected(ConnectionError):
     """The client took the answer and did not come."""
 
 
-class Peer:
-    """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
-
-    handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
 class IceRestart(ValueError):
     """The client wants a new ICE session on its peer, which aiortc cannot give it."""
 
 
+class Peer:
+    """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
+
+    handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
     127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. rate: hertz
     of the sound that a new call hears. pictures: looked at in a second. after: the number of the last item that the
     client saw, None for where the last reader stopped.
@@ -118,11 +118,11 @@ class IceRestart(ValueError):
         self.camera: VideoReceiver | None = None
         self._loopback, self._denied = loopback, (*denied, *(() if loopback else LOOPBACK))
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        self._ice: Fragment | None = None  # the client's, as it was offered
+        self._candidates = 0  # of the client so far
         self._speaks = False  # the client takes our sound
         self._channel: RTCDataChannel | None = None
         self._channel_offered = False
-        self._ice: Fragment | None = None  # the client's, as it was offered
-        self._candidates = 0  # of the client so far
         self._open = asyncio.Event()  # the data channel is, or never will be
         self._messages: asyncio.Queue[str] = asyncio.Queue(UNREAD_MESSAGES)
         self._played = asyncio.Event()  # sound has left since the handler was told
@@ -137,11 +137,11 @@ class IceRestart(ValueError):
     async def answer(self, offer: str) -> str:
         """The SDP answer, with every candidate. Raises BadOffer."""
         offer = check_offer(offer, denied=self._denied)
+        self._ice = read_fragment(offer, denied=self._denied)
+        self._candidates = self._ice.stated
         opus = [codec for codec in RTCRtpSender.getCapabilities("audio").codecs if codec.mimeType == "audio/opus"]
         try:
             for line in offer.splitlines():
-        self._ice = read_fragment(offer, denied=self._denied)
-        self._candidates = self._ice.stated
                 if line.startswith("m=audio"):
                     self._pc.addTransceiver("audio").setCodecPreferences(opus)
             await self._pc.setRemoteDescription(RTCSessionDescription(offer, "offer"))
@@ -161,9 +161,6 @@ class IceRestart(ValueError):
         answer: str = with_fec(self._pc.localDescription).sdp
         return answer
 
-    def _arrange(self, transceivers: list[RTCRtpTransceiver]) -> None:
-        """Take the first microphone and the first camera if the graph does, and speak on the first audio line."""
-        for transceiver in transceivers:
     async def trickle(self, sdp: str) -> None:
         """More of the client's candidates, in a fragment (RFC 8840); they count together with those of its offer.
 
@@ -188,6 +185,9 @@ class IceRestart(ValueError):
         transports: set[RTCIceTransport] = getattr(self._pc, "_RTCPeerConnection__iceTransports")  # noqa: B009
         return transports
 
+    def _arrange(self, transceivers: list[RTCRtpTransceiver]) -> None:
+        """Take the first microphone and the first camera if the graph does, and speak on the first audio line."""
+        for transceiver in transceivers:
             speaks = hears = False
             if transceiver.kind == "audio":
                 hears = self.call.takes("audio") and self.receiver is None and transceiver.receiver.track is not None

@@ -252,11 +252,11 @@ def _refuse(error: Exception) -> Response:
     status, headers = 400, {}
     if isinstance(error, BadRequest):
         status = error.status
+    elif isinstance(error, IceRestart):
+        status = 422
     elif isinstance(error, Full):
         status, headers = 503, {"Retry-After": str(max(1, math.ceil(error.wait)))}
     elif isinstance(error, BadToken):
-    elif isinstance(error, IceRestart):
-        status = 422
         status = 401
     elif isinstance(error, NoSuchCall):
         status = 404
@@ -270,14 +270,14 @@ def _ended(task: asyncio.Task[None]) -> None:
         _log.log(logging.INFO if known else logging.ERROR, "a peer ended: %s", type(error).__name__)
 
 
-def _is_local(request: Request) -> bool:
-    """Whether the client is on this host."""
-    try:
 def _tag(id: str) -> str:
     """The entity tag of a resource's ICE session, of which there is one."""
     return f'"{hashlib.sha256(id.encode()).hexdigest()[:16]}"'
 
 
+def _is_local(request: Request) -> bool:
+    """Whether the client is on this host."""
+    try:
         return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         return False
