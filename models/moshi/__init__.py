@@ -1,1 +1,1 @@
-"""Moshi (arXiv 2410.00037) and models built like it: speech and text streams through one transformer, frame by frame."""
+"""Moshi (arXiv 2410.00037) and models built like it: text and speech streams through one transformer."""

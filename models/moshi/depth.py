@@ -36,6 +36,8 @@ class Embedding(nn.Embedding):
 class Depth(nn.Module):
     """Temporal output and text token in, spoken codebooks out."""
 
+    places: Tensor | None
+
     def __init__(self, config: MoshiConfig) -> None:
         super().__init__()
         if (depth := config.depth) is None:
@@ -56,7 +58,8 @@ class Depth(nn.Module):
         x = torch.stack(self._entered(heard), 1) + torch.stack(tokens, 1) + self._place(slice(None), heard)
         steps = torch.tensor(self.sets, device=x.device)
         x = self.transformer(x, self.transformer.whole(len(self.sets), x.device), steps)
-        return self.heads(x, torch.arange(len(self.sets), device=x.device))
+        logits: Tensor = self.heads(x, torch.arange(len(self.sets), device=x.device))
+        return logits
 
     def draw(self, heard: Tensor, text: Tensor, choose: Choose) -> Tensor:
         """Frames step by step: temporal output ``[B, d]``, text ``[B]`` -> codebooks ``[B, K]``.

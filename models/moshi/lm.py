@@ -101,6 +101,18 @@ class MoshiLM(StreamingModel):
             "padding_bonus": TensorSpec(()),
         }
 
+    def probe_inputs(self, variant: Hashable, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random codes, drawn from at random, for measuring which batch sizes are exact."""
+        spec = self.input_spec(variant)
+        inputs = {name: one.new(rows) for name, one in spec.items()}
+        name, least = "codes" if "codes" in spec else "log", min(self.config.card, self.config.text_card)
+        inputs[name] = torch.randint(least, (rows, *spec[name].shape), generator=generator)
+        if "count" in spec:
+            inputs["count"].fill_(_frames(variant))
+        else:
+            inputs["temperature"].fill_(1.0)
+        return inputs
+
     def forward(self, codes: Tensor) -> Logits:
         """Whole conversations, as in training: ``[B, streams, T]`` undelayed tokens, -1 for none.
 

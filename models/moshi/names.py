@@ -192,10 +192,10 @@ def modernise(theirs: Mapping[str, Tensor], config: MoshiConfig) -> dict[str, Te
         else:
             tensors[name] = value
     for name in [name for name in tensors if name.endswith(".weight_scb")]:
-        base, scale = name.removesuffix("_scb"), tensors.pop(name)
-        if base not in tensors or tensors[base].dtype != torch.int8 or len(scale) != len(tensors[base]):
+        base, largest = name.removesuffix("_scb"), tensors.pop(name)
+        if base not in tensors or tensors[base].dtype != torch.int8 or len(largest) != len(tensors[base]):
             raise ValueError(f"{name} is the scale of no 8-bit weight")
-        tensors[base] = tensors[base].float() * (scale.float() / 127)[:, None]
+        tensors[base] = tensors[base].float() * (largest.float() / 127)[:, None]
     if f"linears.{config.codebooks - 1}.weight" in tensors and config.spoken < config.codebooks:
         tensors = {name: value for name, value in tensors.items() if not _heard(name, config.spoken)}
     return tensors
@@ -219,4 +219,5 @@ def _heard(name: str, spoken: int) -> bool:
 
 def halves_to_pairs(weight: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection (``[heads * D, in]``) turned by halves, reordered to turn in pairs."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    pairs: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return pairs.reshape(weight.shape)
