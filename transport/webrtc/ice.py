@@ -1,8 +1,9 @@
 """What aioice (0.13) leaves open to anybody who can send a datagram, closed; and which addresses it offers.
 
-STUN with an attribute cut short raises ``struct.error`` in the event loop, and data is queued without limit until ICE
-has finished. Its host candidates are those of every interface but 127.0.0.1. All of it belongs to one connection
-object: ``guard`` replaces methods of that object alone.
+STUN with an attribute cut short raises ``struct.error`` in the event loop, data is queued without limit until ICE has
+finished, and after that one datagram that is too long for libsrtp, whoever sent it, ends the connection. Its host
+candidates are those of every interface but 127.0.0.1. All of it belongs to one connection object: ``Guard`` replaces
+methods of that object alone.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from aioice import Connection
 from ...pipelines.clock import Clock
 
 WAITING_DATAGRAMS = 256  # that aiortc has not read yet: 5 s of audio, or a DTLS flight many times over
+LONGEST_DATAGRAM = 1500  # bytes: what an Ethernet frame holds, and all that libsrtp is given room for
 
 _log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Counts of one ICE connection. received: datagrams. malformed: STUN that could not be read. overflowed: data that
-    came faster than it was read. last: clock time of the newest datagram, None before the first.
+    """Counts of one ICE connection. received: datagrams. oversized: of those, longer than ``LONGEST_DATAGRAM`` and left
+    out. malformed: STUN that could not be read. overflowed: data that came faster than it was read. last: clock time of
+    the newest datagram, None before the first.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.received = self.malformed = self.overflowed = 0
+        self.received = self.oversized = self.malformed = self.overflowed = 0
         self.last: float | None = None
 
     def attach(self, connection: Connection, *, loopback: bool = False) -> None:
@@ -57,6 +60,9 @@ class Guard:
 
         def datagram_received(data: bytes, address: tuple[Any, ...]) -> None:
             self.received += 1
+            if len(data) > LONGEST_DATAGRAM:
+                self.oversized += 1
+                return
             if any(pair.remote_addr == address[:2] for pair in connection._check_list):  # not a stranger
                 self.last = self.clock.now()
             try:

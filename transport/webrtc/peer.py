@@ -263,6 +263,7 @@ class Peer:
             },
             "datagrams": {
                 "received": guard.received,
+                "oversized": guard.oversized,
                 "malformed": guard.malformed,
                 "overflowed": guard.overflowed,
             },

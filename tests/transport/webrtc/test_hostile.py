@@ -357,6 +357,32 @@ def test_a_flood_before_ice_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
+def test_datagrams_longer_than_a_peer_sends_are_left_out_before_ice_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with serving(monkeypatch) as world, world.beside_an_honest_client(), world.client() as attacked:
+            response = await world.http.post("/rtc/offer", json={"sdp": await good_offer()})
+            assert response.status_code == 201
+            before_ice, connected = world.peers[-1], attacked.there
+            assert connected is not None
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+                for there in (before_ice, connected):
+                    address, guard = ("127.0.0.1", port_of(there)), there.guard
+                    for size in (ice.LONGEST_DATAGRAM, ice.LONGEST_DATAGRAM + 1, 60_000):
+                        for _ in range(10):
+                            received = guard.received
+                            stranger.sendto(b"\x80" * size, address)
+                            await until(lambda guard=guard, received=received: guard.received > received)
+                    assert guard.oversized == 20
+            queue = connection_of(before_ice._pc)._queue
+            assert queue.qsize() == 10
+            assert {len(queue.get_nowait()[0]) for _ in range(10)} == {ice.LONGEST_DATAGRAM}
+            while not attacked.messages.empty():
+                attacked.messages.get_nowait()
+            await attacked.next("heard")
+
+    asyncio.run(main())
+
+
 # -- sound -------------------------------------------------------------------------------------------------------------
 
 
