@@ -76,12 +76,12 @@ class Captioner:
         self._frame, self._endpoint, self._longest = frame, endpoint, longest
         self._words: list[Word] = []
         self._pieces: list[int] = []
-        self._first = self._last = 0
+        self._first = self._last = 0.0
 
-    def add(self, tokens: Iterable[tuple[int, int]], frames: int, at: float) -> Iterator[Caption]:
+    def add(self, tokens: Iterable[tuple[int, float]], frames: float, at: float) -> Iterator[Caption]:
         """Take the tokens ``(id, frame)`` of one step and yield what they change.
 
-        frames: encoder frames seen so far, these included. at: seconds of media consumed so far.
+        frames: of ``frame`` seconds, seen so far, these included. at: seconds of media consumed so far.
         """
         changed = False
         for token, frame in tokens:
@@ -112,7 +112,7 @@ class Captioner:
     def _open(self) -> bool:
         return bool(self._words or self._pieces)
 
-    def _settle(self, frame: int, at: float) -> Iterator[Final]:
+    def _settle(self, frame: float, at: float) -> Iterator[Final]:
         """Before a token at ``frame``: end the caption if a long pause lies between, or if it has grown too long."""
         if self._open and (frame - self._last) * self._frame >= self._endpoint:
             yield from self.finish(at)

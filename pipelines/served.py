@@ -73,6 +73,7 @@ def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
         | (audio >> turns["audio"])
         | (asr >> turns["text"])
         | (asr >> emit().named("captions"))
+        | (control >> asr["control"])
         | (control >> turns["control"])
     )
     return graph, asr, turns, control

@@ -21,7 +21,7 @@ from ..codecs.audio_file import AudioError, stream
 from ..models.conformer.checkpoint import load
 from .captions import Caption, Captioner
 from .engine import Engine, Lease
-from .recognizer import SAMPLE_RATE, Block, Blocks, Recognizer
+from .recognizer import FRAME_SAMPLES, SAMPLE_RATE, Block, Blocks, Recognizer
 
 READ_SECONDS = 10.0  # of a file at a time: bounds memory whatever its length
 FILES_AT_ONCE = 4  # the smallest batch steps four rows anyway
@@ -47,15 +47,16 @@ class Transcription:
         self._constant = recognizer.constant_inputs(language)
         self._blocks = Blocks(self.variant)
         self._captioner = Captioner(recognizer.vocabulary, endpoint=endpoint, longest=longest)
-        self._frames = 0
+        self._begin = 0  # of the stretch under way, in samples since the first
+        self._frames = 0.0  # encoder frames since the first sample
 
     def push(self, pcm: NDArray[np.float32]) -> list[Block]:
         """Mono float32 samples at 16 kHz -> the blocks they complete."""
         return self._blocks.push(pcm)
 
     def flush(self) -> list[Block]:
-        """The blocks that bring out what is still inside the model at the end of the audio."""
-        return self._blocks.finish()
+        """The blocks that bring out what is still inside the model at the end of the audio, or of a stretch of it."""
+        return self._blocks.finish() if self._blocks.samples else []
 
     def inputs(self, block: Block) -> dict[str, Any]:
         """A block as the model's step takes it."""
@@ -64,19 +65,26 @@ class Transcription:
     def take(self, outputs: Mapping[str, torch.Tensor], block: Block) -> Iterator[Caption]:
         """The captions that a step's outputs change."""
         count = int(outputs["count"])
-        times = (outputs["times"][:count] + self._frames).tolist()
+        before = self._frames
+        times = [before + time for time in outputs["times"][:count].tolist()]
         tokens = outputs["tokens"][:count].tolist()
         self._frames += int(outputs["frames"])
-        return self._captioner.add(zip(tokens, times, strict=True), self._frames, block.heard / SAMPLE_RATE)
+        at = (self._begin + block.heard) / SAMPLE_RATE
+        return self._captioner.add(zip(tokens, times, strict=True), self._frames, at)
 
     def finish(self) -> Iterator[Caption]:
         """The last caption, after the outputs of ``flush`` were taken."""
-        return self._captioner.finish(self._blocks.samples / SAMPLE_RATE)
+        return self._captioner.finish(self.seconds)
+
+    def restart(self) -> None:
+        """After ``finish``: what is pushed next is a new stretch, for a model that was reset. Times go on."""
+        self._begin += self._blocks.samples
+        self._blocks, self._frames = Blocks(self.variant), self._begin / FRAME_SAMPLES
 
     @property
     def seconds(self) -> float:
         """Audio taken so far."""
-        return self._blocks.samples / SAMPLE_RATE
+        return (self._begin + self._blocks.samples) / SAMPLE_RATE
 
 
 class Transcriber:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ...codecs.resample import Resampler
 from ..chunk import UNSET, Audio, Chunk, Event, Text
 from ..stage import Context, Input, Stage, select, stage
-from ..turn_taking import TurnSettings
+from ..turn_taking import RATE, TurnSettings
 
 Out = tuple[str, Chunk]
 
@@ -36,8 +36,8 @@ class Parrot(Stage):
     """Says each ended turn back.
 
     Inputs: ``turn``, from ``Turns``; optionally ``text``, the recogniser's captions, and ``control``, events:
-    ``respond`` (reply now, to the turn that ended last), ``cancel`` (end the reply), ``turns`` (only whether to reply
-    unasked).
+    ``respond`` (reply now, to the turn that ended last; with an empty reply where none had), ``commit`` (what is asked
+    after it is done when that turn has ended), ``cancel`` (end the reply), ``turns`` (only whether to reply unasked).
 
     Outputs: ``audio``, the reply, ``final`` at its end (with no samples where all had gone before); ``said``, where
     captions are connected, the words of the turn as far as they are known when the reply begins, and ``final`` when it
@@ -55,37 +55,36 @@ class Parrot(Stage):
 
     async def run(self, ctx: Context, turn: Input, text: Input, control: Input) -> AsyncIterator[Out]:
         """See the class."""
-        hearing, ended, captions = _Turn(), _Turn(), _Captions()
-        settings = TurnSettings()
+        hearing, ended, captions, told = _Turn(), _Turn(), _Captions(), _Told()
         captioned = not text.ended
         at = 0  # media position of the next reply, in samples at its rate
         while ready := await select(control, text, turn):
             chunk = ready.get_nowait()
-            reply = False
             if ready is text and isinstance(chunk, Text):
                 captions.add(chunk)
             elif ready is turn and isinstance(chunk, Audio):
                 ctx.count("samples_forgotten", hearing.add(chunk, self.longest))
                 if chunk.final:
-                    hearing, ended, reply = _Turn(), hearing, settings.responds
+                    hearing, ended = _Turn(), hearing
+                    told.turn_ended(asks=ended.samples > 0, epoch=ctx.epoch)
             elif isinstance(chunk, Event):
-                settings, reply = _changed(settings, chunk), chunk.name == "respond"
+                told.take(chunk)
                 if chunk.name == "clear":
                     hearing = _Turn()
                 elif chunk.name == "cancel" and ctx.playing:
                     ctx.interrupt()
             elif chunk is not None:
                 raise TypeError(f"the input {ready.name!r} of parrot does not take {chunk}")
-            if reply and ended.samples:
-                epoch, rate, begin = ctx.epoch, self.rate or ended.rate, at
+            while (epoch := told.next_reply()) is not None:
+                rate, begin = self.rate or ended.rate, at
                 if captioned:
-                    yield "said", captions.between(ended, rate, begin)
+                    yield "said", replace(captions.between(ended, rate, begin), epoch=epoch)
                 for audio in ended.said(rate, at):
                     while (said := text.get_nowait()) is not None:
                         captions.add(said)
-                    while (told := control.get_nowait()) is not None:
-                        settings = _changed(settings, told)
-                        if isinstance(told, Event) and told.name == "cancel":
+                    while isinstance(event := control.get_nowait(), Event):
+                        told.take(event)
+                        if event.name == "cancel":
                             ctx.interrupt()
                             break
                     if epoch < ctx.session.epoch:
@@ -97,19 +96,43 @@ class Parrot(Stage):
                     yield "said", replace(words, duration=at - begin, final=True, epoch=epoch)
 
 
-def _changed(settings: TurnSettings, told: Chunk) -> TurnSettings:
-    """The settings after a control event; ``Turns`` tells of those that cannot be."""
-    if isinstance(told, Event) and told.name == "turns":
-        with suppress(ValueError):
-            return settings.changed(told.data)
-    return settings
+class _Told:
+    """What control events have asked for, as far as it was not done yet."""
+
+    def __init__(self) -> None:
+        self._settings = TurnSettings()
+        self._commits = 0  # turns that are to end, and have not
+        self._asked: int | None = None  # the epoch of a reply to make
+
+    def take(self, event: Event) -> None:
+        """Take note of an event. ``Turns`` tells of settings that cannot be."""
+        if event.name == "turns":
+            with suppress(ValueError):
+                self._settings = self._settings.changed(event.data)
+        elif event.name == "commit":
+            self._commits += 1
+        elif event.name == "respond":
+            self._asked = event.epoch
+
+    def turn_ended(self, *, asks: bool, epoch: int) -> None:
+        """A turn has ended. asks: with something to reply to."""
+        self._commits = max(0, self._commits - 1)
+        if asks and self._settings.responds:
+            self._asked = epoch
+
+    def next_reply(self) -> int | None:
+        """The epoch of the reply to make now; None for none, also while a turn is to end first."""
+        if self._commits:
+            return None
+        epoch, self._asked = self._asked, None
+        return epoch
 
 
 class _Turn:
     """The sound of a turn, and its place in media time."""
 
     def __init__(self) -> None:
-        self.rate = 0
+        self.rate = RATE
         self.samples = 0
         self._pieces: deque[Audio] = deque()
 
@@ -127,7 +150,7 @@ class _Turn:
     @property
     def span(self) -> tuple[float, float]:
         """Seconds of media."""
-        return self._pieces[0].start_seconds, self._pieces[-1].end_seconds
+        return (self._pieces[0].start_seconds, self._pieces[-1].end_seconds) if self._pieces else (0.0, 0.0)
 
     def said(self, rate: int, start: int) -> Iterator[Audio]:
         """The sound at ``rate``, from media position ``start`` on, the last piece ``final``."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 
 from ...codecs.resample import Resampler
 from ..captions import Caption, Final
-from ..chunk import Audio, Chunk, Text
+from ..chunk import Audio, Chunk, Event, Text
+from ..engine import Lease
 from ..recognizer import SAMPLE_RATE
-from ..stage import Context, Input, Stage, stage
+from ..stage import Context, Input, Stage, select, stage
 from ..transcription import Transcription
 
 
-@stage(lasting=True)
+@stage(optional=("control",), lasting=True)
 class Transcribe(Stage):
     """Audio of any rate -> ``Text`` chunks: the words so far, and a ``final`` one where speech pauses.
+
+    Inputs: ``audio``; optionally ``control``, events: ``commit`` ends what is being said, when the sound from before it
+    has been heard. It is answered at once by a final caption that reaches to it, empty where no word was open; the
+    model then hears what follows as it does the first sound.
 
     model: the recogniser's name in the engine. lookahead: milliseconds, one of the model's (None: its default).
     language: for models with a language prompt. endpoint: seconds without a word that end a caption.
@@ -32,28 +39,56 @@ class Transcribe(Stage):
     ) -> None:
         self.model, self.lookahead, self.language, self.endpoint = model, lookahead, language, endpoint
 
-    async def run(self, ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
+    async def run(self, ctx: Context, audio: Input, control: Input) -> AsyncIterator[Chunk]:
         """See the class."""
         recognizer = ctx.engine.model(self.model)
         session = Transcription(recognizer, self.lookahead, language=self.language, endpoint=self.endpoint)
         lease = await ctx.open(self.model, variant=session.variant)
         resampler: Resampler | None = None
-        async for chunk in audio:
-            if not isinstance(chunk, Audio):
-                raise TypeError(f"transcribe takes audio, got {chunk}")
-            if resampler is None:
-                resampler = Resampler(chunk.rate, SAMPLE_RATE)
-            elif chunk.rate != resampler.source_rate:
-                raise ValueError(f"audio at {resampler.source_rate} Hz went on at {chunk.rate} Hz; resample it first")
-            for block in session.push(resampler.push(chunk.samples)):
-                for text in texts(session.take(await lease.step(session.inputs(block)), block)):
+        heard, waiting = 0.0, deque[Event]()  # commits after sound that is still on its way
+        while ready := await select(control, audio):
+            chunk = ready.get_nowait()
+            if ready is control and isinstance(chunk, Event):
+                if chunk.name == "commit":
+                    waiting.append(chunk)
+            elif ready is audio and isinstance(chunk, Audio):
+                if resampler is None:
+                    resampler = Resampler(chunk.rate, SAMPLE_RATE)
+                elif chunk.rate != resampler.source_rate:
+                    raise ValueError(
+                        f"audio at {resampler.source_rate} Hz went on at {chunk.rate} Hz; resample it first"
+                    )
+                heard = chunk.end_seconds
+                for block in session.push(resampler.push(chunk.samples)):
+                    for text in texts(session.take(await lease.step(session.inputs(block)), block)):
+                        yield text
+            elif chunk is not None:
+                raise TypeError(f"the input {ready.name!r} of transcribe does not take {chunk}")
+            while waiting and (audio.ended or waiting[0].start_seconds <= heard):
+                for text in _reaching(waiting.popleft(), await _rest(session, lease, resampler)):
                     yield text
-        tail = [] if resampler is None else session.push(resampler.flush())
-        for block in (*tail, *session.flush()):
-            for text in texts(session.take(await lease.step(session.inputs(block)), block)):
-                yield text
-        for text in texts(session.finish()):
+                lease.reset()
+                session.restart()
+                resampler = None if resampler is None else Resampler(resampler.source_rate, SAMPLE_RATE)
+        for text in await _rest(session, lease, resampler):
             yield text
+
+
+async def _rest(session: Transcription, lease: Lease, resampler: Resampler | None) -> list[Text]:
+    """What the end of the sound brings out."""
+    rest = [] if resampler is None else session.push(resampler.flush())
+    captions: list[Caption] = []
+    for block in (*rest, *session.flush()):
+        captions += session.take(await lease.step(session.inputs(block)), block)
+    return [*texts(captions), *texts(session.finish())]
+
+
+def _reaching(commit: Event, said: list[Text]) -> list[Text]:
+    """What was said up to the commit, the last of it final, and lasting until then."""
+    if not said or not said[-1].final:
+        said = [*said, Text(text="", rate=commit.rate, start=commit.start, final=True)]
+    *before, last = said
+    return [*before, replace(last, duration=max(last.duration, round(commit.start_seconds * last.rate) - last.start))]
 
 
 def texts(captions: Iterable[Caption]) -> Iterable[Text]:

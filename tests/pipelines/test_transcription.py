@@ -16,7 +16,7 @@ from antiphon.codecs.mel import LogMel, MelConfig
 from antiphon.models.conformer.checkpoint import load
 from antiphon.models.layers.packing import HAS_ONEDNN, Packable
 from antiphon.pipelines.captions import Final
-from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.chunk import Audio, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.recognizer import Blocks, Recognizer
@@ -209,6 +209,52 @@ def test_the_stage_says_what_the_file_says(checkpoint: Path, recognizer: Recogni
 
     assert run_virtual(live()) == expected
     assert len(expected) > 5
+
+
+def test_a_commit_ends_what_is_said_without_more_sound_and_what_follows_is_heard_afresh(recognizer: Recognizer) -> None:
+    first, second, commit = noise(20_000, 9), noise(24_000, 3), Event(name="commit", rate=16_000, start=20_000)
+
+    async def live(*given: Pcm | Event) -> list[Text]:
+        """The captions; nothing is sent between one commit and what came of it."""
+        out: list[Text] = []
+        with Engine(inline=True, clock=VirtualClock()) as engine:
+            engine.add("asr", recognizer, slots=1)
+            stage, at = Transcribe(lookahead=80), 0
+            graph = (Inlet().named("audio") >> stage) | (Inlet().named("control") >> stage["control"])
+            async with graph.session(engine=engine) as session:
+                outputs = session.outputs()
+                for one in given:
+                    if isinstance(one, Event):
+                        await session.send(one, "control")
+                        while not (out and out[-1].final and out[-1].end_seconds >= one.start_seconds):
+                            out.append(await anext(outputs))
+                    else:
+                        await session.send(Audio(samples=one, rate=16_000, start=at), "audio")
+                        at += len(one)
+                session.finish()
+                out += [chunk async for chunk in outputs]
+        return out
+
+    def words(captions: list[Text], begin: float = 0.0) -> list[tuple[str, float, float]]:
+        return [
+            (word.text, pytest.approx(begin + word.start, abs=2e-3), pytest.approx(begin + word.end, abs=2e-3))
+            for caption in captions
+            if caption.final
+            for word in caption.words
+        ]
+
+    async def main() -> None:
+        alone = words(await live(first)), words(await live(second), begin=1.25)
+        both = await live(first, commit, second)
+        assert words(both) == [*alone[0], *alone[1]]
+        assert len(alone[0]) > 2
+        assert len(alone[1]) > 2
+        (nothing,) = await live(Event(name="commit", rate=16_000, start=0))
+        assert (nothing.text, nothing.final, nothing.duration) == ("", True, 0)
+        twice = await live(first, commit, commit)
+        assert words(twice) == alone[0]
+
+    run_virtual(main())
 
 
 def test_what_does_not_fit_is_named(checkpoint: Path, recognizer: Recognizer, tmp_path: Path) -> None:

@@ -643,6 +643,36 @@ def test_in_manual_mode_the_parrot_waits_to_be_asked() -> None:
     assert sum(chunk.seconds for _, chunk in asked) > 3
 
 
+async def asked_for(*events: str, windows: int) -> list[Chunk]:
+    """What a parrot in manual mode makes of so many windows of sound and, right after them, the events."""
+    audio, control, turns, parrot = Inlet().named("audio"), Inlet().named("control"), Turns(), Parrot(rate=24000)
+    graph = (audio >> turns["audio"]) | (control >> turns["control"]) | (control >> parrot["control"])
+    graph = graph | (turns["turn"] >> parrot["turn"]) | (Inlet().named("text") >> parrot["text"])
+    with engine() as models:
+        async with graph.session(engine=models) as session:
+            await session.send(Event(name="turns", data={"mode": "manual"}, rate=RATE), "control")
+            for chunk in sound(script((SPEECH, windows))):
+                await session.send(chunk, "audio")
+            for name in events:
+                await session.send(Event(name=name, rate=RATE, start=windows * WINDOW), "control")
+            await session.clock.sleep(1.0)
+            session.finish()
+            return [chunk async for chunk in session.outputs("parrot.audio", "parrot.said")]
+
+
+def test_a_parrot_that_is_asked_always_answers_if_only_with_nothing() -> None:
+    for events in (("respond",), ("commit", "respond")):
+        said = run_virtual(asked_for(*events, windows=0))
+        assert [(one.duration, one.final) for one in said if isinstance(one, Audio)] == [(0, True)]
+        assert [(one.text, one.final) for one in said if isinstance(one, Text)] == [("", False), ("", True)]
+
+
+def test_a_parrot_asked_right_after_a_commit_says_the_turn_that_it_ends() -> None:
+    said = run_virtual(asked_for("commit", "respond", windows=40))
+    seconds = sum(one.seconds for one in said if isinstance(one, Audio))
+    assert seconds == pytest.approx(40 * WINDOW / RATE, abs=1e-3)
+
+
 def test_a_turn_that_is_too_long_is_said_back_from_its_end() -> None:
     turns, parrot = Turns(), Parrot(longest=0.5)
     graph = mic(windows=script((SPEECH, 60), (SILENCE, 30))) >> turns
