@@ -38,11 +38,15 @@ _HEARD_WITHIN = 0.02  # seconds: a reply is heard to its end when less than a pa
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a sink has played: up to ``seconds`` of media time, in ``epoch``."""
+    """What a sink has played: up to ``seconds`` of media time, in ``epoch``.
+
+    until: media time up to which it will play no more; beyond ``seconds`` where it has left sound out.
+    """
 
     sink: str
     epoch: int
     seconds: float
+    until: float
 
 
 class Session:
@@ -173,7 +177,7 @@ class Session:
         A reply is audio that a stage which is not lasting puts out of the graph or into a sink; its last chunk is
         ``final``. What was heard is what the sinks report.
         """
-        heard = self.heard.seconds if self.heard is not None and self.heard.epoch == self.epoch else float("-inf")
+        heard = self.heard.until if self.heard is not None and self.heard.epoch == self.epoch else float("-inf")
         for outlet in self._voices:
             last = outlet.last
             if not isinstance(last, Audio) or last.epoch != self.epoch:
@@ -246,10 +250,11 @@ class Session:
             timer.cancel()
             del self._sleepers[sleeper]
 
-    def report_heard(self, sink: str, epoch: int, seconds: float) -> None:
-        """See ``Context.played``."""
-        if self.heard is None or (epoch, seconds) >= (self.heard.epoch, self.heard.seconds):
-            self.heard = Heard(sink, epoch, seconds)
+    def report_heard(self, sink: str, epoch: int, seconds: float, until: float | None = None) -> None:
+        """See ``Context.played``, and ``Heard``. What was reported for later sound stands."""
+        until = seconds if until is None else max(seconds, until)
+        if self.heard is None or (epoch, until) >= (self.heard.epoch, self.heard.until):
+            self.heard = Heard(sink, epoch, seconds, until)
 
     def settle(self) -> None:
         """End each feedback loop that nothing can move any more: fed no longer, and every stage of it waiting."""

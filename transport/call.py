@@ -84,7 +84,7 @@ class Call:
         self._news = asyncio.Event()  # an item has been made, or the call has ended, or the reader was replaced
         self._room = asyncio.Event()  # the reader has caught up
         self._pump: asyncio.Task[None] | None = None
-        self._error: StageError | None = None
+        self.error: StageError | None = None  # that ended it
         self._finished = False
         self._replies: frozenset[str] = frozenset()
 
@@ -133,9 +133,12 @@ class Call:
         """Drop everything of the running epoch now; the new epoch."""
         return self.session.interrupt()
 
-    def played(self, epoch: int, seconds: float) -> None:
-        """The client has played the graph's sound of ``epoch`` up to this media time."""
-        self.session.report_heard("client", epoch, seconds)
+    def played(self, epoch: int, seconds: float, until: float | None = None) -> None:
+        """The client has played the graph's sound of ``epoch`` up to this media time.
+
+        until: what follows, up to here, it leaves out. That corrects what was reported of the same sound before.
+        """
+        self.session.report_heard("client", epoch, seconds, until)
 
     # ---------------------------------------------------------------- out
 
@@ -167,8 +170,8 @@ class Call:
                 if not (isinstance(item.chunk, Audio) and item.chunk.epoch < self.session.epoch):
                     yield item
             elif self.ended:
-                if self._error is not None:
-                    raise self._error
+                if self.error is not None:
+                    raise self.error
                 return
             else:
                 self._news.clear()
@@ -222,14 +225,14 @@ class Call:
             else:
                 await self.session.run()
         except StageError as error:
-            self._error = error
+            self.error = error
         finally:
             self.ended = True
             self._news.set()
             try:
                 await self.session.__aexit__(None, None, None)
             except StageError as error:
-                self._error = error
+                self.error = error
 
     async def _collect(self, source: str) -> None:
         async for chunk in self.session.outputs(source):
@@ -250,7 +253,7 @@ class Call:
         self._add(self._event("interrupted", {"epoch": epoch, **known}))
 
     def _event(self, name: str, data: Mapping[str, Any] | None) -> Event:
-        start = round(self.heard_seconds * MEDIA_RATE)
+        start = self.received * MEDIA_RATE // self.rate if self.rate else 0  # never after the sound taken
         return Event(name=name, data=dict(data or {}), rate=MEDIA_RATE, start=start)
 
     async def _send(self, inlet: str, chunk: Chunk) -> None:

@@ -10,6 +10,7 @@ async with service.connect(resume=token) as call:    # the same call, taken over
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,6 +22,8 @@ from ..pipelines.graph import Graph
 from ..pipelines.stage import StageError
 from .call import Call, CallError
 from .tokens import Signer
+
+_log = logging.getLogger(__name__)
 
 GraphMaker = Callable[[Mapping[str, Any]], Graph]
 
@@ -127,6 +130,7 @@ class Service:
                 self.counts["refused"] += 1
                 raise Full(str(error.__cause__), error.__cause__.expected_wait) from error
             self.counts["failed"] += 1
+            _log.warning("a call could not begin: %s", error)
             raise
         except BaseException:
             del self.calls[call.id]
@@ -156,6 +160,8 @@ class Service:
         if timer is not None:
             timer.cancel()
         if self.calls.get(call.id) is call:
-            self.counts[how] += 1
+            self.counts["failed" if call.error is not None else how] += 1
+            if call.error is not None:  # of which its client is told little
+                _log.error("call %s: stage %r failed", call.id, call.error.stage, exc_info=call.error.__cause__)
             await call.close()
             self.calls.pop(call.id, None)

@@ -210,6 +210,25 @@ def test_the_heard_position_is_what_was_played_when_interrupted() -> None:
     run_virtual(main())
 
 
+def test_sound_that_is_left_out_was_not_heard_and_is_not_playing() -> None:
+    @stage(name="short_speech")
+    async def short_speech(ctx: Context) -> AsyncIterator[Audio]:
+        yield Audio(np.zeros(16000, np.float32), rate=16000, start=0, final=True)
+
+    async def main() -> None:
+        async with short_speech().session() as session:
+            await session.clock.sleep(0.1)
+            session.report_heard("client", 0, 0.7)
+            assert session.playing
+            session.report_heard("client", 0, 0.4, 1.0)
+            assert session.heard.seconds == 0.4
+            assert not session.playing
+            session.report_heard("client", 0, 0.9)  # later than what corrected it
+            assert session.heard.seconds == 0.4
+
+    run_virtual(main())
+
+
 @stage
 async def picky(ctx: Context, chunks: Input, *, bad: int = 7) -> AsyncIterator[Chunk]:
     await ctx.open("asr")

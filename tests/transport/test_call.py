@@ -14,6 +14,7 @@ from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.engine import AtCapacity
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.stage import Context, Inlet, Input, StageError, stage
+from antiphon.pipelines.stages.emit import emit
 from antiphon.transport.call import KEPT_ITEMS, UNREAD_ITEMS, Call, ItemsLost, NoInlet, TakenOver
 from antiphon.transport.service import ConnectionLost, Full, NoSuchCall, Service
 from antiphon.transport.tokens import BadToken, Signer
@@ -260,13 +261,30 @@ def test_a_full_engine_refuses_the_call_with_its_waiting_time() -> None:
     run_virtual(main())
 
 
-def test_a_failing_stage_reaches_the_reader() -> None:
+def test_a_control_event_is_never_later_than_the_sound_before_it() -> None:
+    async def main() -> None:
+        def graph(options: object) -> Graph:
+            return (Inlet().named("audio") >> number()) | (Inlet().named("control") >> emit())
+
+        for samples, rate in ((100, 24000), (1, 44100), (7, 48000)):  # 66.7, 0.4 and 2.3 samples at 16 kHz
+            async with Service(graph, None).connect() as call:
+                await call.hear(np.zeros(samples, np.float32), rate)
+                await call.tell("commit")
+                told = await anext(item.chunk async for item in call.items() if item.chunk.name == "commit")
+                assert 0 <= call.heard_seconds - told.start_seconds < 1 / 16000
+
+    run_virtual(main())
+
+
+def test_a_failing_stage_reaches_the_reader(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         host = Service(lambda options: Inlet().named("audio") >> broken(), None)
         async with host.connect() as call:
             await call.hear(BLOCK, 16000)
             with pytest.raises(StageError, match="call_test_broken"):
                 await numbers(call, 1)
+        assert host.counts["failed"] == 1
+        assert "'call_test_broken' failed" in caplog.text
 
     run_virtual(main())
 
