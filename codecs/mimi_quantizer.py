@@ -66,7 +66,7 @@ class ResidualQuantizer(nn.Module):
     def encode(self, latents: Tensor, count: int) -> Tensor:
         """``[B, n, d] -> [B, count, n]`` int64."""
         codes = self.codebooks.encode(self.into(latents).flatten(0, 1), count)
-        return codes.unflatten(1, latents.shape[:2]).movedim(0, 1)
+        return codes.view(count, *latents.shape[:2]).transpose(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """``[B, K, n] -> [B, n, d]``."""
