@@ -24,13 +24,39 @@ EXCESS = 0.002  # seconds that a wait may be too long
 AHEAD = 0.1  # seconds: sound that always waits longer is made ahead, not as it is heard
 
 
-async def wait_until(event: asyncio.Event, when: float, clock: Clock) -> bool:
-    """Wait until ``event`` is set, at the latest until ``when`` on the clock; whether it was set."""
-    try:
-        async with asyncio.timeout(when - clock.now()):
-            return await event.wait()
-    except TimeoutError:
-        return False
+class Alarm:
+    """What one task waits for, and the time until which it does: an ``asyncio.Event`` with a time-out costs thrice."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self._rung = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Wake the task that waits, or the next that will."""
+        self._rung = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self, until: float = float("inf")) -> bool:
+        """Wait for ``ring``, at the latest until a time on the clock; whether it rang since the last wait."""
+        if not self._rung and (left := until - self.clock.now()) > 0:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(left, _wake, self._waiter) if left < float("inf") else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        rung, self._rung = self._rung, False
+        return rung
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class Pace:

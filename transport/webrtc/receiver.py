@@ -10,7 +10,6 @@ aiortc is pinned.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Self
@@ -22,7 +21,7 @@ from aiortc.rtp import RtpPacket
 
 from ...codecs.opus import decoder as opus_decoder
 from ...pipelines.clock import Clock, running_clock
-from .pacing import wait_until
+from .pacing import Alarm
 from .playout import Played, PlayoutBuffer, PlayoutStats
 
 FRAME = 0.02  # seconds
@@ -63,7 +62,7 @@ class AudioReceiver(AsyncIterator[Played]):
         self.clock, self.paced = clock, paced
         self.buffer = PlayoutBuffer(opus_decoder(rate), round(FRAME * rate))
         self.errors = 0  # packets that something unforeseen was wrong with
-        self._changed = asyncio.Event()  # a packet came, or the end
+        self._changed = Alarm(clock)  # a packet came, or the end
         self._closed = False
         self._ssrc: int | None = None
         self._due: float | None = None  # clock time of the next frame
@@ -87,12 +86,12 @@ class AudioReceiver(AsyncIterator[Played]):
                 self.buffer.restart()
             self._ssrc = packet.ssrc
         self.buffer.push(packet.sequence_number, packet.timestamp, packet.payload, self.clock.now())
-        self._changed.set()
+        self._changed.ring()
 
     def close(self) -> None:
         """End the iteration; what waits is not played."""
         self._closed = True
-        self._changed.set()
+        self._changed.ring()
 
     def __aiter__(self) -> Self:
         return self
@@ -104,9 +103,8 @@ class AudioReceiver(AsyncIterator[Played]):
             self._due = self.clock.now() if begins is None else begins
         if self.paced and not self._closed:
             await self.clock.sleep_until(self._due)
-        while not self.paced and not self._closed and not self.buffer.complete(self._due):
-            self._changed.clear()
-            if not await wait_until(self._changed, self._due, self.clock):
+        while not (self.paced or self._closed or self.buffer.complete(self._due)):
+            if not await self._changed.wait(self._due):
                 break
         if self._closed:
             raise StopAsyncIteration

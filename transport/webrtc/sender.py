@@ -24,7 +24,7 @@ from ...codecs.opus import CLOCK_RATE, Encoder
 from ...codecs.opus import encoder as opus_encoder
 from ...codecs.resample import Resampler
 from ...pipelines.clock import Clock, running_clock
-from .pacing import FRAME, Pace, wait_until
+from .pacing import FRAME, Alarm, Pace
 
 RATE = 24000
 SAMPLES = round(FRAME * RATE)
@@ -80,7 +80,7 @@ class AudioSender(MediaStreamTrack):
         self._pieces: deque[_Piece] = deque()
         self._queued = 0  # samples
         self._room = asyncio.Event()  # set at every change of the queue
-        self._news = asyncio.Event()  # set at what may change the time of the next packet
+        self._news = Alarm(self.clock)  # what may change the time of the next packet
         self._resampler: Resampler | None = None
         self._taken = 0.0  # media time up to which sound was written
         self._made = 0.0  # media time up to which it has come out of the resampler
@@ -143,15 +143,14 @@ class AudioSender(MediaStreamTrack):
         """End the track: whoever waits to write goes on, in vain."""
         super().stop()
         self._room.set()
-        self._news.set()
+        self._news.ring()
 
     async def recv(self) -> av.Packet[Any]:
         """The packet to send now, in time. Raises MediaStreamError after the end."""
         if not self.packets:
             self.pace.due = self.clock.now()
-        self._news.clear()
-        while self.readyState == "live" and await wait_until(self._news, self._when(), self.clock):
-            self._news.clear()
+        while self.readyState == "live" and await self._news.wait(self._when()):
+            pass
         if self.readyState != "live":
             raise MediaStreamError
         if self._epoch_now is not None:
@@ -246,4 +245,4 @@ class AudioSender(MediaStreamTrack):
         self._pieces.append(_Piece(samples, self._epoch, self._made, end, final, self.clock.now()))
         self._made = end
         self._queued += len(samples)
-        self._news.set()
+        self._news.ring()
