@@ -68,7 +68,8 @@ class FlowMatching(nn.Module):
 
     def project(self, embedding: Tensor) -> Tensor:
         """A speaker's embedding ``[..., speaker]`` as the estimator takes it, ``[..., mels]``."""
-        return self.speaker(F.normalize(embedding.to(self.dtype), dim=-1))
+        projected: Tensor = self.speaker(F.normalize(embedding.to(self.dtype), dim=-1))
+        return projected
 
     def noise_at(self, frames: Tensor) -> Tensor:
         """``[..., mels]`` noise of these frames."""
@@ -86,7 +87,7 @@ class FlowMatching(nn.Module):
         both = Condition(*(torch.stack((part, torch.zeros_like(part)), 1).flatten(0, 1) for part in condition))
         velocities = self.velocity(x.repeat_interleave(BRANCHES, 0), both, shifts, context)
         towards, away = velocities.unflatten(0, (-1, BRANCHES)).unbind(1)
-        return (1 + self.config.guidance) * towards - self.config.guidance * away
+        return torch.lerp(away, towards, 1 + self.config.guidance)
 
     def encode(self, tokens: Tensor, lengths: Tensor, mask: Mask) -> Tensor:
         """tokens ``[B, T]`` int64 of ``lengths [B]`` -> ``[B, 2T, mels]``."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 RATE = 2  # mel frames per speech token
 FRAME_SECONDS = 0.02
 TOKEN_SECONDS = RATE * FRAME_SECONDS
@@ -62,6 +64,7 @@ class FlowLimits:
     rolling: False keeps every frame, exactly as trained, and a session ends at ``left``; True forgets the oldest,
     so that a frame sees the prompt and ``left`` frames before its chunk, for ever.
     voices, prompt: how many voices may be registered, and the longest prompt of one in tokens.
+    kept: dtype of cached keys and values, None for the weights'.
     """
 
     hops: tuple[int, ...] = (25, 50, 100)
@@ -69,6 +72,7 @@ class FlowLimits:
     rolling: bool = False
     voices: int = 4
     prompt: int = 250
+    kept: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "left", "voices", "prompt")

@@ -113,12 +113,12 @@ class CacheShape:
         """Name of the convolutions' inputs ``[passes, branches, keep, columns]``."""
         return f"flow.{self.name}.tails"
 
-    def spec(self, frames: int, dtype: torch.dtype) -> Specs:
-        """Caches that hold ``frames`` mel frames."""
+    def spec(self, frames: int, dtype: torch.dtype, kept: torch.dtype | None) -> Specs:
+        """Caches that hold ``frames`` mel frames; kept: dtype of keys and values where it is not ``dtype``."""
         positions = frames * self.rate // RATE
         rings = (self.passes, self.layers, self.branches, positions, 2, self.heads, self.head_width)
         tails = (self.passes, self.branches, self.keep, self.columns)
-        return {self.rings: TensorSpec(rings, dtype), self.tails: TensorSpec(tails, dtype)}
+        return {self.rings: TensorSpec(rings, kept or dtype), self.tails: TensorSpec(tails, dtype)}
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Call:
     voice: ``[B]`` rows of the voices' tables. shared: ``[B]`` of the voice's prompt that are cached with the voice.
     seen: ``[B]`` made before this call, behind the shared ones. count: ``[B]`` made by it, at most ``hop``.
     target: ``[B]`` the slots to write: ``slots``, or scratch for rows that must leave no trace.
+    alone: there is one session, and asking how much of its caches is filled costs nothing: only that is read.
     """
 
     config: FlowConfig
@@ -140,6 +141,7 @@ class Call:
     shared: Tensor
     seen: Tensor
     count: Tensor
+    alone: bool
 
     @property
     def start(self) -> Tensor:
@@ -168,9 +170,8 @@ class Cached:
         rate, device = shape.rate, call.seen.device
         self._ring, self._prompt = state[shape.rings][:, index], voices[shape.rings][:, index]
         size, prompt = self._ring.shape[3], self._prompt.shape[3]
-        # What is not filled yet need not be read; where asking for that would stall the device, all of it is.
-        self._used = min(size, _most(call.seen) * rate) if device.type == "cpu" else size
-        self._told = min(prompt, _most(call.shared) * rate) if device.type == "cpu" else prompt
+        self._used = min(size, int(call.seen.max()) * rate) if call.alone else size
+        self._told = int(call.shared.max()) * rate if call.alone else prompt
 
         shared, first, end = ((tokens * rate)[:, None] for tokens in (call.shared, call.start, call.start + call.count))
         query = first + torch.arange(call.hop * rate, device=device)
@@ -191,7 +192,7 @@ class Cached:
             allowed = allowed & (own >= begin - size)
         prompted = (told < shared)[:, None].expand(-1, query.shape[1], -1)
         allowed = torch.cat((prompted, allowed), 2) | (call.count == 0)[:, None, None]
-        self.bias = _bias(allowed, self._ring.dtype).repeat_interleave(shape.branches, 0)
+        self.bias = _bias(allowed, state[shape.tails].dtype).repeat_interleave(shape.branches, 0)
 
         kept = (query < end) & (query >= end - size)
         rows = torch.where(kept, call.target[:, None], call.scratch)
@@ -210,8 +211,8 @@ class Cached:
         prompt = self._prompt[:, layer, :, : self._told].index_select(0, self._call.voice)
         past = ring[:, :, : self._used].index_select(0, self._call.slots)
         new = keys_values.unflatten(0, (-1, self._shape.branches))
-        ring.index_put_(self._write, new)
-        return torch.cat((prompt, past, new), 2).flatten(0, 1)
+        ring.index_put_(self._write, new.to(ring.dtype))
+        return torch.cat((prompt.to(new.dtype), past.to(new.dtype), new), 2).flatten(0, 1)
 
     def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
         keep = self._shape.keep
@@ -224,10 +225,6 @@ class Cached:
     def commit(self) -> None:
         """Keep what the next call's convolutions need."""
         self._new_tails.index_copy_(0, self._call.target, self._next.unflatten(0, (-1, self._shape.branches)))
-
-
-def _most(counts: Tensor) -> int:
-    return int(counts.max())
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,9 +30,15 @@ class StreamingFlow(StreamingModel):
 
     shifts: Tensor
 
-    def __init__(self, flow: FlowMatching, limits: FlowLimits | None = None) -> None:
+    def __init__(self, flow: FlowMatching, limits: FlowLimits | None = None, *, together: bool | None = None) -> None:
+        """together: compute the rows of a step together, in fixed shapes; by default on all devices but the CPU.
+
+        On the CPU the frames of one session fill a matrix product: rows are computed one after another, each with as
+        much of its caches as is filled and without padding.
+        """
         super().__init__()
         self.flow = flow
+        self.together = together
         self.limits = limits or FlowLimits()
         self.config = flow.config
         self._shapes: tuple[CacheShape, ...] = (*flow.encoder.caches, flow.estimator.cache)
@@ -54,7 +60,9 @@ class StreamingFlow(StreamingModel):
 
     def _cache_spec(self, frames: int) -> dict[str, TensorSpec]:
         dtype = self.flow.dtype
-        return {name: spec for shape in self._shapes for name, spec in shape.spec(frames, dtype).items()}
+        return {
+            name: spec for shape in self._shapes for name, spec in shape.spec(frames, dtype, self.limits.kept).items()
+        }
 
     def state_spec(self) -> Specs:
         """``flow.seen`` counts tokens behind the voice's shared prompt; ``flow.mu`` and ``flow.sample`` live from slice
@@ -73,16 +81,15 @@ class StreamingFlow(StreamingModel):
     def input_spec(self, variant: Hashable) -> Specs:
         return {
             "tokens": TensorSpec((_hop(variant) + self.config.lookahead,), torch.int64, NO_TOKEN),
-            "count": TensorSpec((), torch.int64),
+            "count": TensorSpec((), torch.int64, _hop(variant)),
             "voice": TensorSpec((), torch.int64),
         }
 
     def probe_inputs(self, variant: Hashable, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random tokens, for finding batch sizes that give equal bits."""
-        size = (rows, _hop(variant) + self.config.lookahead)
-        tokens = torch.randint(self.config.vocabulary, size, generator=generator)
-        count = torch.full((rows,), _hop(variant))
-        return {"tokens": tokens, "count": count, "voice": torch.zeros(rows, dtype=torch.int64)}
+        inputs = {name: spec.new(rows) for name, spec in self.input_spec(variant).items()}
+        inputs["tokens"].random_(0, self.config.vocabulary, generator=generator)
+        return inputs
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -135,9 +142,25 @@ class StreamingFlow(StreamingModel):
     @torch.no_grad()
     def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """Slice 0 encodes, slice ``i`` takes Euler step ``i - 1``, the last returns what ``step`` does."""
-        call = self._call(inputs, state, slots, active)
+        together = slots.device.type != "cpu" if self.together is None else self.together
+        if together:
+            return self._slice(index, self._call(inputs, state, slots, active), inputs["tokens"], state)
+        rows, room = inputs["tokens"].shape
+        mel = torch.zeros(rows, (room - self.config.lookahead) * RATE, self.config.mels, dtype=self.flow.sample_dtype)
+        frames = torch.zeros(rows, dtype=torch.int64)
+        for row in active.nonzero().flatten().tolist():
+            one = slice(row, row + 1)
+            cut = {name: tensor[one] for name, tensor in inputs.items()}
+            cut["tokens"] = cut["tokens"][:, : max(1, int(inputs["count"][row])) + self.config.lookahead]
+            call = self._call(cut, state, slots[one], active[one], alone=True)
+            if made := self._slice(index, call, cut["tokens"], state):
+                mel[row, : made["mel"].shape[1]] = made["mel"][0]
+                frames[row] = made["frames"][0]
+        return {"mel": mel, "frames": frames} if index == self.config.steps else {}
+
+    def _slice(self, index: int, call: Call, tokens: Tensor, state: State) -> dict[str, Tensor]:
         if index == 0:
-            self._encode(call, inputs["tokens"], state)
+            self._encode(call, tokens, state)
             return {}
         sample = self._euler(call, index - 1, state)
         if index < self.config.steps:
@@ -146,7 +169,7 @@ class StreamingFlow(StreamingModel):
         made = call.made()
         return {"mel": torch.where(made[..., None], sample, 0.0), "frames": made.sum(1)}
 
-    def _call(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> Call:
+    def _call(self, inputs: State, state: State, slots: Tensor, active: Tensor, *, alone: bool = False) -> Call:
         hop = inputs["tokens"].shape[1] - self.config.lookahead
         longest = state["flow.mu"].shape[1] // RATE
         if not 1 <= hop <= longest:
@@ -157,18 +180,9 @@ class StreamingFlow(StreamingModel):
         if not self.limits.rolling:
             count = torch.minimum(count, state["flow.tokens.rings"].shape[4] - seen)
         voice = inputs["voice"]
-        return Call(
-            self.config,
-            self.limits,
-            hop,
-            slots,
-            torch.where(active, slots, scratch),
-            scratch,
-            voice,
-            self.voices.shared[voice],
-            seen,
-            count,
-        )
+        target = torch.where(active, slots, scratch)
+        shared = self.voices.shared[voice]
+        return Call(self.config, self.limits, hop, slots, target, scratch, voice, shared, seen, count, alone)
 
     def _encode(self, call: Call, tokens: Tensor, state: State) -> None:
         contexts = [Cached(shape, call, state, self.voices.caches) for shape in self._shapes[:2]]
