@@ -72,6 +72,7 @@ class Call:
         self.received = 0  # samples of sound taken, at ``rate``
         self.rate: int | None = None  # of the sound coming in; the first chunk sets it
         self.ended = False  # nothing more will come out
+        self.resumable = False  # its client has been given what it needs to come back
         inlets = [graph.names[node] for node in graph.nodes if isinstance(node, Inlet)]
         others = [name for name in inlets if name not in ("audio", "video", "control")]
         self._inlets = {name: name for name in inlets if name not in others}

@@ -41,15 +41,16 @@ class Full(CallError):
 
 
 class NoSuchCall(CallError):
-    """The call to resume has ended."""
+    """The call to resume is kept no longer."""
 
 
 class Service:
     """Calls of one graph.
 
     graph: makes the graph of a call from the client's options (``language``, ``lookahead_ms``, ``endpoint_ms``, ...,
-    whichever the graph knows). keep: seconds that a call outlives its connection. max_calls: running and kept ones.
-    max_seconds: of sound in one call. name: what is served, said to clients honestly.
+    whichever the graph knows). keep: seconds that a call outlives its connection, and its last items its end: a client
+    with a token that did not get them comes back for them. max_calls: running and kept ones, and as many that have
+    ended. max_seconds: of sound in one call. name: what is served, said to clients honestly.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Service:
         self.calls: dict[str, Call] = {}
         self.counts: Counter[str] = Counter()  # opened, refused, kept, resumed, expired, ended, failed
         self.closing = False
+        self._ended: dict[str, Call] = {}  # kept for their items: nothing of them runs
         self._expiry: dict[str, asyncio.TimerHandle] = {}
         self._holders: Counter[str] = Counter()  # connections of each call; more than one while one takes over
         self._ending: set[asyncio.Task[None]] = set()
@@ -98,13 +100,13 @@ class Service:
                 del self._holders[call.id]
                 if kept and not call.ended and not self.closing:
                     self.counts["kept"] += 1
-                    loop = asyncio.get_running_loop()
-                    self._expiry[call.id] = loop.call_later(self.keep, self._expire, call)
+                    self._later(self._expire, call)
                 else:
-                    await self._end(call, "ended")
+                    await self._end(call, "ended", keep=call.ended and call.resumable and not self.closing)
 
     def resume_token(self, call: Call) -> str:
         """What the client shows to come back to this call."""
+        call.resumable = True
         return self.signer.issue("resume", call.id, self.max_seconds + self.keep)
 
     async def close(self) -> None:
@@ -113,11 +115,13 @@ class Service:
         for call in list(self.calls.values()):
             await self._end(call, "ended")
         await asyncio.gather(*self._ending)
+        for call in list(self._ended.values()):
+            self._forget(call)
 
     async def _open(self, options: Mapping[str, Any]) -> Call:
         if self.closing:
             raise Full("the server is shutting down", self.keep)
-        if len(self.calls) >= self.max_calls:
+        if sum(not call.ended for call in self.calls.values()) >= self.max_calls:
             self.counts["refused"] += 1
             raise Full(f"{self.max_calls} calls are running", self.keep)
         call = Call(secrets.token_hex(8), self.graph(options), self.engine, max_seconds=self.max_seconds)
@@ -140,28 +144,44 @@ class Service:
         return call
 
     def _resume(self, token: str) -> Call:
-        call = self.calls.get(self.signer.check("resume", token))
-        if call is None or call.ended:
+        id = self.signer.check("resume", token)
+        call = self.calls.get(id) or self._ended.get(id)
+        if call is None:
             raise NoSuchCall(f"the call has ended (calls are kept {self.keep:g} s): start a new one")
-        timer = self._expiry.pop(call.id, None)
-        if timer is not None:
-            timer.cancel()
+        self._never(call)
         self.counts["resumed"] += 1
         return call
 
+    def _later(self, what: Callable[[Call], None], call: Call) -> None:
+        self._never(call)
+        self._expiry[call.id] = asyncio.get_running_loop().call_later(self.keep, what, call)
+
+    def _never(self, call: Call) -> None:
+        timer = self._expiry.pop(call.id, None)
+        if timer is not None:
+            timer.cancel()
+
     def _expire(self, call: Call) -> None:
-        self._expiry.pop(call.id, None)
         task = asyncio.create_task(self._end(call, "expired"))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _end(self, call: Call, how: str) -> None:
-        timer = self._expiry.pop(call.id, None)
-        if timer is not None:
-            timer.cancel()
+    async def _end(self, call: Call, how: str, *, keep: bool = False) -> None:
+        """keep: the items of a call that has ended, for a client that comes back."""
+        self._never(call)
         if self.calls.get(call.id) is call:
             self.counts["failed" if call.error is not None else how] += 1
             if call.error is not None:  # of which its client is told little
                 _log.error("call %s: stage %r failed", call.id, call.error.stage, exc_info=call.error.__cause__)
             await call.close()
             self.calls.pop(call.id, None)
+        if keep:
+            self._ended.pop(call.id, None)
+            self._ended[call.id] = call  # as the newest
+            self._later(self._forget, call)
+            while len(self._ended) > self.max_calls:
+                self._forget(next(iter(self._ended.values())))
+
+    def _forget(self, call: Call) -> None:
+        self._never(call)
+        self._ended.pop(call.id, None)

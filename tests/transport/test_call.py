@@ -145,6 +145,79 @@ def test_a_call_that_nobody_resumes_ends() -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("seen", [0, 3, 6])
+def test_the_last_items_of_a_call_that_has_ended_are_kept_for_its_client(seen: int, cut: bool) -> None:
+    """It may not have got them, though they were sent and the call closed in the normal way."""
+
+    async def main() -> None:
+        host = service(max_calls=1)
+        with suppress(ConnectionLost):
+            async with host.connect() as call:
+                token = host.resume_token(call)
+                for _ in range(6):
+                    await call.hear(BLOCK, 16000)
+                call.finish()
+                assert [item.id async for item in call.items()] == [1, 2, 3, 4, 5, 6]
+                if cut:
+                    raise ConnectionLost("gone")
+        assert not host.calls  # its place is free at once
+        for _ in range(2):  # it may be cut again
+            await asyncio.sleep(host.keep - 1)
+            async with host.connect(resume=token) as again:
+                await again.hear(BLOCK, 16000)  # changes nothing
+                assert [item.id async for item in again.items(after=seen)] == list(range(seen + 1, 7))
+        await asyncio.sleep(host.keep + 1)
+        with pytest.raises(NoSuchCall):
+            async with host.connect(resume=token):
+                pass
+        assert host.counts == {"opened": 1, "ended": 1, "resumed": 2}
+
+    run_virtual(main())
+
+
+def test_a_call_that_ends_while_it_is_kept_takes_no_place_and_can_be_read_to_its_end() -> None:
+    async def main() -> None:
+        host = service(max_calls=1)
+        with suppress(ConnectionLost):
+            async with host.connect() as call:
+                token = host.resume_token(call)
+                await call.hear(BLOCK, 16000)
+                call.finish()
+                raise ConnectionLost("gone")
+        await asyncio.sleep(1)
+        async with host.connect(), host.connect(resume=token) as again:
+            assert [item.id async for item in again.items(after=0)] == [1]
+        assert not host.calls
+
+    run_virtual(main())
+
+
+def test_no_more_ended_calls_are_kept_than_may_run_and_none_without_a_token() -> None:
+    async def main() -> None:
+        host = service(max_calls=2)
+        tokens = []
+        for number in range(5):
+            async with host.connect() as call:
+                if number != 4:
+                    tokens.append(host.resume_token(call))
+                call.finish()
+                assert not [item async for item in call.items()]
+        assert len(host._ended) == 2
+        for token in tokens[:2]:
+            with pytest.raises(NoSuchCall):
+                async with host.connect(resume=token):
+                    pass
+        for token in tokens[2:]:
+            async with host.connect(resume=token):
+                pass
+        await host.close()
+        assert not host._ended
+        assert not host._expiry
+
+    run_virtual(main())
+
+
 def test_a_second_connection_takes_over_and_the_call_lives_until_the_last_leaves() -> None:
     async def main() -> None:
         host = service()

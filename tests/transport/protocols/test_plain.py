@@ -42,6 +42,14 @@ async def echo(ctx: Context, audio: Input, control: Input) -> AsyncIterator[Chun
             yield Event(name=chunk.name, data=chunk.data, rate=chunk.rate, start=chunk.start)
 
 
+@stage(name="plain_test_failing")
+async def failing(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
+    """Fails once it has heard something."""
+    async for chunk in audio:
+        yield chunk
+        raise ValueError(f"a secret: {chunk}")
+
+
 def captioned(engine: Engine, **options: Any) -> Service:
     return Service(lambda _: transcribing(), engine, name="embedded", **options)
 
@@ -117,6 +125,19 @@ async def broken(url: str, pcm: Any, seed: int) -> tuple[list[Message], int]:
         address = f"{url}?resume={first['resume']}&after={events[-1]['id'] if events else 0}"
 
 
+def test_a_stage_that_fails_is_named_before_the_close() -> None:
+    async def main() -> None:
+        service = Service(lambda _: Inlet().named("audio") >> failing(), None)
+        async with serving(routes(service)) as address, connect(f"ws://{address}/v1/stream") as ws:
+            await ws.send(bytes(640))
+            messages = [json.loads(one) async for one in ws if isinstance(one, str)]
+            told = "stage 'plain_test_failing' failed: start a new call"
+            assert messages[-1] == {"type": "error", "code": "failed", "message": told}
+            assert (ws.close_code, ws.close_reason) == (1011, told)
+
+    asyncio.run(main())
+
+
 def test_a_broken_line_changes_nothing(engine: Engine) -> None:
     async def run() -> None:
         pcm = clip(9.0)
@@ -132,6 +153,39 @@ def test_a_broken_line_changes_nothing(engine: Engine) -> None:
                 assert events == expected
                 assert cuts == 6
             assert service.counts["resumed"] == 18
+        await service.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("after_end", [False, True])
+def test_a_line_cut_after_the_end_loses_nothing(engine: Engine, after_end: bool) -> None:
+    """Cut while the last events come out, and when all of them have been sent but the client read none."""
+
+    async def run() -> None:
+        pcm = clip(6.0)
+        service = captioned(engine)
+        async with serving(routes(service)) as host:
+            url = f"ws://{host}/v1/stream"
+            expected = await unbroken(url, pcm)
+            ws = await connect(url)
+            resume = (await heard(ws))["resume"]
+            (call,) = service.calls.values()
+            await speak(ws, pcm, 0, len(pcm))
+            await ws.send('{"type":"finish"}')
+            async with asyncio.timeout(30):
+                while service.calls if after_end else not call._finished:
+                    await asyncio.sleep(0.005)
+            ws.transport.abort()
+            events: list[Message] = []
+            for seen in (2, len(expected) - 1):  # and once more, for the last one
+                async with connect(f"{url}?resume={resume}&after={seen}") as late:
+                    assert (await heard(late))["received"] == len(pcm)
+                    events = []
+                    await rest(late, events)
+                    assert late.close_code == 1000
+                    assert events == expected[seen:]
+            assert not service.calls
         await service.close()
 
     asyncio.run(run())
@@ -251,7 +305,10 @@ def test_a_second_connection_takes_over(engine: Engine) -> None:
                 await rest(new, events)
                 assert new.close_code == 1000
             async with connect(f"ws://{host}/v1/stream?resume={session['resume']}&after=0") as late:
-                assert (await heard(late))["code"] == "no_such_call"
+                assert (await heard(late))["type"] == "resumed"
+                again: list[Message] = []
+                await rest(late, again)
+                assert (again, late.close_code) == (events, 1000)
         await service.close()
 
     asyncio.run(run())
