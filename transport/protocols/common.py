@@ -34,11 +34,19 @@ REFUSALS: tuple[tuple[type[Exception], str, int], ...] = (
 TOLD = tuple(kind for kind, _, _ in REFUSALS)
 
 
-def refusal(error: Exception) -> tuple[str, int]:
-    """Of one of the errors ``TOLD``: its code in messages, and the code that closes a websocket."""
+def told(error: Exception) -> str:
+    """What a client is told of an error. Of a stage that had taken a chunk its name alone: the rest may be of what
+    someone said."""
+    if isinstance(error, StageError) and error.chunk is not None:
+        return f"stage {error.stage!r} failed: start a new call"
+    return str(error)
+
+
+def refusal(error: Exception) -> tuple[str, str, int]:
+    """Of one of the errors ``TOLD``: its code and its text for messages, and the code that closes a websocket."""
     for kind, code, close in REFUSALS:
         if isinstance(error, kind):
-            return code, close
+            return code, told(error), close
     raise error
 
 

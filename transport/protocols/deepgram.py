@@ -26,7 +26,7 @@ from ...pipelines.chunk import Event, Text
 from ..call import Call
 from ..service import ConnectionLost, Full, Service
 from ..websocket import ERROR, Socket
-from .common import RATES, TOLD, Samples, foreign, from_pcm16, refusal, until_one_ends, whole
+from .common import RATES, TOLD, Samples, foreign, from_pcm16, refusal, told, until_one_ends, whole
 
 SILENCE_SECONDS = 10.0  # without sound or KeepAlive, after which Deepgram closes
 PAUSE_MS = 1000  # that ends a caption where the client does not say
@@ -67,16 +67,17 @@ def routes(service: Service, *, native: str | None = "en") -> list[BaseRoute]:
             if not stream.accepted:
                 await _deny(websocket, 503 if isinstance(error, Full) else 400, error)
                 return
-            code, close = refusal(error)
-            await stream.tell({"type": "Error", "variant": code, "description": str(error), "message": str(error)})
-            await socket.close(close, str(error))
+            code, message, close = refusal(error)
+            await stream.tell({"type": "Error", "variant": code, "description": message, "message": message})
+            await socket.close(close, message)
 
     return [WebSocketRoute("/v1/listen", listen)]
 
 
 async def _deny(websocket: WebSocket, status: int, error: Exception) -> None:
-    body = {"err_code": "Bad Request" if status == 400 else "Service Unavailable", "err_msg": str(error)}
-    await websocket.send_denial_response(JSONResponse(body, status, {"dg-error": str(error).replace("\n", " ")}))
+    message = told(error)
+    body = {"err_code": "Bad Request" if status == 400 else "Service Unavailable", "err_msg": message}
+    await websocket.send_denial_response(JSONResponse(body, status, {"dg-error": message.replace("\n", " ")}))
 
 
 @dataclass(frozen=True)

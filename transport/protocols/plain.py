@@ -89,8 +89,8 @@ class _Plain:
         except ConnectionLost:
             return
         except TOLD as error:
-            code, close = refusal(error)
-            await self._part(socket, to_error(code, str(error)), close)
+            code, message, close = refusal(error)
+            await self._part(socket, to_error(code, message), close)
         else:
             await socket.close()
 
@@ -115,7 +115,8 @@ class _Plain:
                     await socket.send_json({"type": "resumed", **greeting, "received": call.received, "rate": rate})
                 await until_one_ends(self._listen(socket, call, rate), _answer(socket, call, after))
             except TakenOver as error:
-                await self._part(socket, to_error(*_told(error)), refusal(error)[1])
+                code, message, close = refusal(error)
+                await self._part(socket, to_error(code, message), close)
                 raise ConnectionLost(str(error)) from None
 
     async def _silence_others(self, call: Call) -> None:
@@ -137,7 +138,7 @@ class _Plain:
                     else:
                         await obey(call, message)
                 except (ValueError, NoInlet) as error:
-                    await socket.send_json(to_error(*_told(error)))
+                    await socket.send_json(to_error(*refusal(error)[:2]))
         except asyncio.CancelledError:
             if self.speaking.get(call.id) is task:
                 raise
@@ -145,10 +146,6 @@ class _Plain:
         finally:
             if self.speaking.get(call.id) is task:
                 del self.speaking[call.id]
-
-
-def _told(error: Exception) -> tuple[str, str]:
-    return refusal(error)[0], str(error)
 
 
 async def obey(call: Call, text: str) -> None:

@@ -24,6 +24,7 @@ from ..call import Call, CallError, Item
 from ..service import ConnectionLost, Full, Service
 from ..websocket import ERROR, NORMAL, POLICY, TRY_LATER, Socket
 from . import realtime_events as wire
+from .common import told
 from .realtime_conversation import Conversation, Send
 from .realtime_events import BadEvent
 from .realtime_input import InputBuffer
@@ -65,6 +66,13 @@ class Realtime:
         self.replies.finish()
         await self.conversation.flush()
 
+    async def fail(self, error: StageError) -> None:
+        """A stage has failed, and the call has ended with it: what is open is closed, and the client told why."""
+        self.input.finish()
+        self.replies.finish("failed")
+        self.conversation.error(told(error), wire.SERVER_ERROR)
+        await self.conversation.flush()
+
     # ---------------------------------------------------------------- from the client
 
     async def handle(self, text: str) -> None:
@@ -100,30 +108,32 @@ class Realtime:
             raise wire.refused(error, asked, "session.") from None
         if new.type != self.session.type and self.call.heard_seconds:
             raise BadEvent("the session's type is fixed once sound has come", param="session.type")
-        if self.call.rate not in (None, wire.rate_of(new.audio.input.format)):
+        if self.audio_in_band and self.call.rate not in (None, wire.rate_of(new.audio.input.format)):
             raise BadEvent(
                 f"the call hears sound at {self.call.rate} Hz: its input rate is fixed",
                 param="session.audio.input.format",
             )
         await self._tell_turns(new)
-        told: dict[str, Any] = {
+        for_graph: dict[str, Any] = {
             name: asked[name] for name in ("instructions", "tools", "tool_choice", "output_modalities") if name in asked
         }
         if new.audio.output.voice is not None:
-            told["voice"] = new.audio.output.voice
-        if told:
-            await self.call.tell("session", told)
+            for_graph["voice"] = new.audio.output.voice
+        if for_graph:
+            await self.call.tell("session", for_graph)
         self.conversation.session = new
         self.conversation.say("session.updated", session=self._shown())
 
     async def _append(self, event: wire.Append) -> None:
+        if not self.audio_in_band:
+            raise BadEvent("sound comes by RTP here: add a track", "invalid_event")
         format = self.session.audio.input.format
         rate, samples = wire.rate_of(format), wire.decoded(event.audio, format)
         self.replies.report_played()
         step = int(rate * PIECE_SECONDS)
         for at in range(0, len(samples), step):
             await self.call.hear(samples[at : at + step], rate)
-        self.input.appended(len(samples) / rate)
+        self.input.expire()
 
     async def _commit(self, event: wire.Commit) -> None:
         await self.input.commit()
@@ -170,6 +180,7 @@ class Realtime:
 
     async def item(self, item: Item) -> None:
         """Something that the call has put out."""
+        self.input.expire()
         chunk = item.chunk
         answers = isinstance(chunk, Audio) or item.source in self.call.replies
         if isinstance(chunk, Event):
@@ -257,8 +268,8 @@ def routes(service: Service) -> list[BaseRoute]:
             await _refuse(socket, "rate_limit_exceeded", error)
             code, reason = TRY_LATER, str(error)
         except StageError as error:
-            await _refuse(socket, "server_error", error)
-            code, reason = ERROR, "a stage failed"
+            await _refuse(socket, wire.SERVER_ERROR, error)
+            code, reason = ERROR, told(error)
         await socket.close(code, reason)
 
     return [WebSocketRoute("/v1/realtime", serve)]
@@ -275,8 +286,12 @@ async def _converse(socket: Socket, call: Call, realtime: Realtime) -> tuple[int
         return NORMAL, ""
 
     async def speak() -> tuple[int, str]:
-        async for item in call.items():
-            await realtime.item(item)
+        try:
+            async for item in call.items():
+                await realtime.item(item)
+        except StageError as error:
+            await realtime.fail(error)
+            return ERROR, told(error)
         await realtime.finish()
         return NORMAL, "the call has ended"
 
@@ -291,12 +306,8 @@ async def _converse(socket: Socket, call: Call, realtime: Realtime) -> tuple[int
 
 
 async def _refuse(socket: Socket, code: str, error: Exception) -> None:
-    kind = "server_error" if code == "server_error" else "invalid_request_error"
-    told = {"type": kind, "code": code, "message": str(error), "param": None, "event_id": None}
-    try:
-        await socket.send_json({"type": "error", "event_id": wire.new_id("event"), "error": told})
-    except ConnectionLost:
-        return
+    with suppress(ConnectionLost):
+        await socket.send_json(wire.error_event(told(error), code))
 
 
 def _turns(session: wire.Session) -> dict[str, Any]:

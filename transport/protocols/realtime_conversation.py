@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from .realtime_events import BadEvent, Session, new_id
+from .realtime_events import BadEvent, Session, error_event, new_id
 
 KEPT_ITEMS = 1024
 
@@ -34,14 +34,7 @@ class Conversation:
 
     def error(self, message: str, code: str, param: str | None = None, event_id: str | None = None) -> None:
         """Queue an event ``error``. event_id: the client's, of what was wrong."""
-        error = {
-            "type": "invalid_request_error",
-            "code": code,
-            "message": message,
-            "param": param,
-            "event_id": event_id,
-        }
-        self.say("error", error=error)
+        self._outbox.append(error_event(message, code, param, event_id))
 
     async def flush(self) -> None:
         """Send what is queued; whoever calls, events leave in the order in which they were queued."""

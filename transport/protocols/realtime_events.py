@@ -229,6 +229,17 @@ def refused(error: ValidationError, message: Mapping[str, Any], prefix: str = ""
     return BadEvent(f"{param}: {first['msg']}", code, param)
 
 
+SERVER_ERROR = "server_error"
+"""The type and code of errors that are none of the client's."""
+
+
+def error_event(message: str, code: str, param: str | None = None, event_id: str | None = None) -> dict[str, Any]:
+    """The server's event ``error``. event_id: the client's, of what was wrong."""
+    kind = SERVER_ERROR if code == SERVER_ERROR else "invalid_request_error"
+    error = {"type": kind, "code": code, "message": message, "param": param, "event_id": event_id}
+    return {"type": "error", "event_id": new_id("event"), "error": error}
+
+
 def rate_of(format: Pcm | Pcmu | Pcma) -> int:
     """Hertz."""
     return format.rate if isinstance(format, Pcm) else g711.RATE

@@ -16,7 +16,7 @@ from .realtime_conversation import Conversation
 from .realtime_events import BadEvent, ServerVad, new_id
 
 LEAST_COMMIT_MS = 100  # of sound in a buffer that is committed
-TRANSCRIPT_SECONDS = 5.0  # of sound after a turn's end within which its last words come
+TRANSCRIPT_SECONDS = 5.0  # of sound after a turn's end within which its last words come, unless a commit ended it
 SETTLED_SECONDS = 0.5  # of a turn's end that a final caption may leave to silence
 
 
@@ -46,31 +46,31 @@ class InputBuffer:
         self._committed = 0.0  # media time of the last turn's end
         self._transcribed = 0.0  # media time that completed transcripts reach to
         self._caption_open = False  # the recogniser's last caption may still grow
-        self._buffered = 0.0  # seconds in the buffer
+        self._emptied = 0.0  # media time that the buffer begins at
 
     # ---------------------------------------------------------------- the client's doing
 
-    def appended(self, seconds: float) -> None:
-        """So much more sound has gone into the call. A transcript that this long brought no word is complete."""
-        self._buffered += seconds
-        while self._turns and self.call.heard_seconds > (self._turns[0].end or 0.0) + TRANSCRIPT_SECONDS:
-            self._complete(self._turns.popleft())
-
     async def commit(self) -> None:
         """End the turn. Raises BadEvent for a buffer that is as good as empty."""
-        if self._buffered * 1000 < LEAST_COMMIT_MS:
+        milliseconds = round((self.call.heard_seconds - self._emptied) * 1000)
+        if milliseconds < LEAST_COMMIT_MS:
             raise BadEvent(
-                f"the input buffer holds {self._buffered * 1000:.0f} ms: append {LEAST_COMMIT_MS} ms or more first",
+                f"the input buffer holds {milliseconds} ms of sound: at least {LEAST_COMMIT_MS} ms make a turn",
                 "input_audio_buffer_commit_empty",
             )
         await self.call.tell("commit")
-        self._buffered = 0.0
+        self._emptied = self.call.heard_seconds
 
     async def clear(self) -> None:
         """Forget the open turn."""
         await self.call.tell("clear")
-        self._buffered, self._turn = 0.0, None
+        self._emptied, self._turn = self.call.heard_seconds, None
         self.conversation.say("input_audio_buffer.cleared")
+
+    def expire(self) -> None:
+        """Complete the transcripts that no word came for in all this sound."""
+        while self._turns and self.call.heard_seconds > (self._turns[0].end or 0.0) + TRANSCRIPT_SECONDS:
+            self._complete(self._turns.popleft())
 
     def finish(self) -> None:
         """No more will be heard: what was understood is all."""
@@ -98,7 +98,7 @@ class InputBuffer:
         elif turn.announced and self.conversation.session.audio.input.turn_detection is not None:
             say("input_audio_buffer.speech_stopped", audio_end_ms=round(ended * 1000), item_id=turn.id)
         turn.end, turn.announced, self._committed = ended, True, ended
-        self._buffered = max(0.0, self.call.heard_seconds - ended) if event.data.get("reason") != "manual" else 0.0
+        self._emptied = max(self._emptied, ended)
         say("input_audio_buffer.committed", item_id=turn.id, previous_item_id=self.conversation.last)
         content = [{"type": "input_audio", "transcript": None}]
         item = {
@@ -108,7 +108,8 @@ class InputBuffer:
         self.conversation.add(item)
         self.conversation.done(item)
         self._grow(turn, turn.done)
-        if turn.done and not self._caption_open and ended - turn.final_to <= SETTLED_SECONDS:
+        settled = turn.done and not self._caption_open and ended - turn.final_to <= SETTLED_SECONDS
+        if settled or self._transcribed >= ended:
             self._complete(turn)
         else:
             self._turns.append(turn)
@@ -137,7 +138,7 @@ class InputBuffer:
             passed = any(word.start >= until for word in words)
             if caption.final or passed:
                 turn.done, turn.final_to = whole, min(caption.end_seconds, until)
-            if turn.end is not None and (passed or (caption.final and whole)):
+            if turn.end is not None and (passed or (caption.final and (whole or caption.end_seconds >= turn.end))):
                 self._turns.remove(turn)
                 self._complete(turn)
         if caption.final:

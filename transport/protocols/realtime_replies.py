@@ -15,7 +15,7 @@ from ...codecs.resample import Resampler
 from ...pipelines.chunk import Audio, Text
 from ..call import Call
 from .realtime_conversation import Conversation
-from .realtime_events import BadEvent, encoded, new_id, rate_of
+from .realtime_events import SERVER_ERROR, BadEvent, encoded, new_id, rate_of
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class _Response:
     text_open: bool = False
     text_done: bool = False
     sound_done: bool = False
+    cut_at: float | None = None  # media time beyond which the client has said that it plays none of it
 
     def shown(self, status: str) -> dict[str, Any]:
         """As clients see it."""
@@ -107,16 +108,19 @@ class Replies:
             )
         if self._sent_to is not None and self._sent_to[0] == epoch and self._sent_to[1] <= end:
             self._sent_to = None  # the client knows better than the estimate
-        self.call.played(epoch, start + milliseconds / 1000)
+        heard, response = start + milliseconds / 1000, self._response
+        if response is not None and response.message is not None and response.message["id"] == id:
+            response.cut_at = heard
+        self.call.played(epoch, heard, end)
         self.conversation.truncated(id, milliseconds)
 
     def forget(self, id: str) -> None:
         """The item was deleted."""
         self._spoken.pop(id, None)
 
-    def finish(self) -> None:
-        """The call has ended: a reply that is open stays as it is."""
-        self._end("incomplete")
+    def finish(self, status: str = "incomplete") -> None:
+        """The call has ended: a reply that is open stays as it is. status: it gets, ``failed`` where a stage has."""
+        self._end(status)
 
     # ---------------------------------------------------------------- what of it is heard
 
@@ -162,7 +166,7 @@ class Replies:
             self._spoken[response.message["id"]] = (chunk.epoch, response.start, response.heard_to)
             if self.audio_in_band:
                 self._send_sound(response, chunk)
-            elif self._playing is not response:
+            elif self._playing is not response and chunk.duration:
                 self._playing = response
                 self.conversation.say("output_audio_buffer.started", response_id=response.id)
         elif self.audio_in_band:
@@ -211,8 +215,11 @@ class Replies:
         if chunk.final:
             samples = np.concatenate((samples, response.resampler.flush()))
         now = asyncio.get_running_loop().time()
-        self._plays_until = max(now, self._plays_until if self._sent_to else now) + chunk.seconds
-        self._sent_to = (chunk.epoch, chunk.end_seconds)
+        if response.cut_at is not None:
+            self.call.played(chunk.epoch, response.cut_at, chunk.end_seconds)
+        else:
+            self._plays_until = max(now, self._plays_until if self._sent_to else now) + chunk.seconds
+            self._sent_to = (chunk.epoch, chunk.end_seconds)
         if len(samples):
             self._say_part("response.output_audio.delta", response, delta=encoded(samples, format))
 
@@ -270,6 +277,8 @@ class Replies:
         shown = response.shown(status)
         if status != "completed":
             shown["status_details"] = {"type": status, **({"reason": reason} if reason else {})}
+        if status == "failed":
+            shown["status_details"]["error"] = {"type": SERVER_ERROR, "code": SERVER_ERROR}
         self.conversation.say("response.done", response=shown)
 
     def _say_part(self, type: str, response: _Response, **fields: Any) -> None:

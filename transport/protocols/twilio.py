@@ -58,7 +58,8 @@ def routes(service: Service, *, native: str | None = "en") -> list[BaseRoute]:
         except BadMessage as error:
             await socket.close(UNSUPPORTED, str(error))
         except TOLD as error:
-            await socket.close(refusal(error)[1], str(error))
+            _, message, close = refusal(error)
+            await socket.close(close, message)
 
     return [WebSocketRoute("/twilio/media", media)]
 

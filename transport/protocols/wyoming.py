@@ -80,7 +80,8 @@ class _Connection:
                 elif event.type == "audio-start":
                     await self._transcribe(event, options)
         except TOLD as error:
-            await self._send("error", {"text": str(error), "code": refusal(error)[0]})
+            code, message, _ = refusal(error)
+            await self._send("error", {"text": message, "code": code})
 
     async def _transcribe(self, start: WyomingEvent, options: dict[str, Any]) -> None:
         rate = _rate(start)

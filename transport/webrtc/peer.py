@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ...codecs.resample import Resampler
 from ...pipelines.chunk import Audio
 from ...pipelines.clock import Clock, running_clock
+from ...pipelines.stage import StageError
 from ..call import Call, Item
 from ..service import ConnectionLost
 from .ice import Guard
@@ -79,6 +80,9 @@ class Handler(Protocol):
     async def finish(self) -> None:
         """The call has ended."""
 
+    async def fail(self, error: StageError) -> None:
+        """The call has ended because a stage failed."""
+
 
 class NeverConnected(ConnectionError):
     """The client took the answer and did not come."""
@@ -92,9 +96,9 @@ class Peer:
     """``answer`` an offer, then ``run`` until the client leaves, then ``close``.
 
     handler: makes what speaks on the data channel; None where nothing does. loopback: the client is on this host, so
-    127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. rate: hertz
-    of the sound that a new call hears. pictures: looked at in a second. after: the number of the last item that the
-    client saw, None for where the last reader stopped.
+    127.0.0.1 is offered to it and taken from it. denied: networks whose addresses in offers are left alone. pictures:
+    looked at in a second. after: the number of the last item that the client saw, None for where the last reader
+    stopped.
     """
 
     def __init__(
@@ -104,12 +108,11 @@ class Peer:
         *,
         loopback: bool = False,
         denied: Iterable[Network] = DENIED,
-        rate: int = RATE,
         pictures: float = PICTURES,
         after: int | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.call, self.after, self.pictures, self.rate = call, after, pictures, rate
+        self.call, self.after, self.pictures = call, after, pictures
         self.clock = clock or running_clock()
         self.guard = Guard(self.clock)
         self.counts: Counter[str] = Counter()  # unsent, unread, channels_refused: messages and channels left out
@@ -302,7 +305,7 @@ class Peer:
     async def _hear(self) -> None:
         if self.receiver is None:
             return
-        resampler = Resampler(RATE, self.call.rate or self.rate)  # a resumed call keeps the rate it began with
+        resampler = Resampler(RATE, self.call.rate or RATE)  # a resumed call keeps the rate it began with
         async for frame in self.receiver:
             await self.call.hear(resampler.push(frame.samples), resampler.rate)
 
@@ -379,14 +382,19 @@ class Peer:
     async def _speak(self) -> None:
         """The call's items, until they end and what was said has left."""
         await self._connected.wait()
-        async for item in self.call.items(self.after):
-            chunk = item.chunk
+        try:
+            async for item in self.call.items(self.after):
+                chunk = item.chunk
+                if self.handler is not None:
+                    await self.handler.item(item)
+                if not isinstance(chunk, Audio):
+                    self.sender.flush(self.call.session.epoch)
+                elif self._speaks:
+                    await self.sender.write(chunk.samples, chunk.rate, chunk.epoch, chunk.start_seconds, chunk.final)
+        except StageError as error:
             if self.handler is not None:
-                await self.handler.item(item)
-            if not isinstance(chunk, Audio):
-                self.sender.flush(self.call.session.epoch)
-            elif self._speaks:
-                await self.sender.write(chunk.samples, chunk.rate, chunk.epoch, chunk.start_seconds, chunk.final)
+                await self.handler.fail(error)
+            raise
         if self.handler is not None:
             await self.handler.finish()
         await self.sender.drained()

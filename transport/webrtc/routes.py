@@ -21,17 +21,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ...pipelines.stage import StageError
 from ..call import CallError, Item, TakenOver
 from ..protocols import plain
+from ..protocols.common import refusal
 from ..service import ConnectionLost, Full, NoSuchCall, Service
 from ..tokens import BadToken
 from .peer import Handler, IceRestart, NeverConnected, Peer
-from .receiver import RATE
 from .sdp import LONGEST
 
 SDP, FRAGMENT = "application/sdp", "application/trickle-ice-sdpfrag"
 LONGEST_BODY = LONGEST + 64 * 1024  # bytes: an offer, and what comes with it
-OPENAI_RATE = 24000  # hertz of ``audio/pcm``, a session's input format unless it says otherwise
 _CALLS = "/v1/realtime/calls"
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class _Peers:
         try:
             _accept(request, SDP)
             offer, session = await _form(request)
-            id, peer, answer = await self._start(request, offer, speaking, rate=OPENAI_RATE)
+            id, peer, answer = await self._start(request, offer, speaking)
             if session is not None:
                 peer.take(json.dumps({"type": "session.update", "session": session}))
         except _REFUSED as error:
@@ -163,7 +163,6 @@ class _Peers:
         offer: str,
         handler: Callable[[Peer], Handler] | None = None,
         *,
-        rate: int = RATE,
         options: Mapping[str, Any] | None = None,
         resume: str | None = None,
         after: int | None = None,
@@ -174,7 +173,7 @@ class _Peers:
 
         async def serve() -> None:
             async with self.service.connect(options, resume=resume) as call:
-                peer = Peer(call, handler, loopback=_is_local(request), rate=rate, after=after)
+                peer = Peer(call, handler, loopback=_is_local(request), after=after)
                 try:
                     answer = await peer.answer(offer)
                     self.running[id] = peer, task
@@ -218,6 +217,10 @@ class Events:
 
     async def finish(self) -> None:
         """See ``Handler``; the connection's end says it."""
+
+    async def fail(self, error: StageError) -> None:
+        """See ``Handler``; told by an ``error``."""
+        await self._send(plain.to_error(*refusal(error)[:2]))
 
     async def handle(self, text: str) -> None:
         """See ``Handler``. What is wrong with a message is answered by an ``error``."""

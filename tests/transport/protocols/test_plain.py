@@ -46,7 +46,7 @@ async def echo(ctx: Context, audio: Input, control: Input) -> AsyncIterator[Chun
 async def failing(ctx: Context, audio: Input) -> AsyncIterator[Chunk]:
     """Fails once it has heard something."""
     async for chunk in audio:
-        yield chunk
+        yield Event(name="heard", rate=chunk.rate, start=chunk.start)
         raise ValueError(f"a secret: {chunk}")
 
 
@@ -130,8 +130,10 @@ def test_a_stage_that_fails_is_named_before_the_close() -> None:
         service = Service(lambda _: Inlet().named("audio") >> failing(), None)
         async with serving(routes(service)) as address, connect(f"ws://{address}/v1/stream") as ws:
             await ws.send(bytes(640))
-            messages = [json.loads(one) async for one in ws if isinstance(one, str)]
+            messages: list[Message] = []
+            await rest(ws, messages)
             told = "stage 'plain_test_failing' failed: start a new call"
+            assert [message["type"] for message in messages] == ["session", "heard", "error"]
             assert messages[-1] == {"type": "error", "code": "failed", "message": told}
             assert (ws.close_code, ws.close_reason) == (1011, told)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,8 @@ from antiphon.pipelines import served
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Text, Word
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.engine import Engine
-from antiphon.pipelines.session import Heard
+from antiphon.pipelines.session import Session
+from antiphon.pipelines.stage import Context, Inlet, Input, StageError, stage
 from antiphon.transport.call import Item
 from antiphon.transport.protocols.realtime import Realtime, routes
 from antiphon.transport.service import Service
@@ -65,8 +66,8 @@ class ScriptedCall:
         self.epoch += 1
         return self.epoch
 
-    def played(self, epoch: int, seconds: float) -> None:
-        self.session.heard = Heard("client", epoch, seconds)
+    def played(self, epoch: int, seconds: float, until: float | None = None) -> None:
+        Session.report_heard(self.session, "client", epoch, seconds, until)  # type: ignore[arg-type]
 
 
 class Talk:
@@ -234,6 +235,11 @@ def test_telephone_sound_in_and_out(format: str, law: Any) -> None:
             await talk.client("session.update", session={"audio": {"input": {"format": {"type": "audio/pcm"}}}})
         )
         assert fixed["param"] == "session.audio.input.format"
+        talk = Talk(audio_in_band=False)
+        assert error_of(await talk.client("input_audio_buffer.append", audio=pcm(0.1)))["code"] == "invalid_event"
+        talk.call.rate = 16000  # of what RTP brings: a format is of no account there
+        (updated,) = await talk.client("session.update", session={"audio": audio})
+        assert updated["session"]["audio"]["input"]["format"] == {"type": format}
 
     run(main())
 
@@ -279,6 +285,48 @@ def test_a_caption_over_two_turns_is_shared_out_by_when_it_was_said() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("in_band", [True, False])
+def test_a_commit_needs_sound_since_the_last_wherever_it_travels(in_band: bool) -> None:
+    async def main() -> None:
+        talk = Talk(audio_in_band=in_band)
+
+        async def heard(seconds: float) -> None:
+            if in_band:
+                await talk.client("input_audio_buffer.append", audio=pcm(seconds))
+            else:
+                await talk.call.hear(np.zeros(round(seconds * RATE), np.float32), RATE)
+
+        for seconds, taken in ((0.05, False), (0.05, True), (0.09, False), (0.02, True)):
+            await heard(seconds)
+            said = await talk.client("input_audio_buffer.commit")
+            assert said == [] if taken else error_of(said)["code"] == "input_audio_buffer_commit_empty"
+        assert talk.call.told == [("commit", None)] * 2
+        await heard(0.2)
+        await talk.client("input_audio_buffer.clear")
+        assert "holds 0 ms" in error_of(await talk.client("input_audio_buffer.commit"))["message"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("caption_first", [True, False])
+@pytest.mark.parametrize("text", ["", "hello there"])
+def test_a_caption_that_reaches_to_the_end_of_a_turn_completes_it(text: str, caption_first: bool) -> None:
+    async def main() -> None:
+        talk = Talk()
+        words = tuple(Word(word, 0.1 + at / 4, 0.3 + at / 4) for at, word in enumerate(text.split()))
+        final = Text(text=text, words=words, rate=16000, start=1600, duration=30400, final=True)
+        if caption_first:
+            await talk.graph(final, "captions")
+        said = await talk.event("turn_end", 2.0, reason="manual", waited_ms=0)
+        if not caption_first:
+            said += await talk.graph(final, "captions")
+        assert said[-1]["type"] == "conversation.item.input_audio_transcription.completed"
+        assert said[-1]["transcript"] == text
+        assert said[-1]["item_id"] == said[0]["item_id"]
+
+    run(main())
+
+
 def test_a_turn_without_words_is_completed_empty_when_none_can_come() -> None:
     async def main() -> None:
         talk = Talk()
@@ -288,11 +336,68 @@ def test_a_turn_without_words_is_completed_empty_when_none_can_come() -> None:
         assert said == []
         (completed,) = await talk.client("input_audio_buffer.append", audio=pcm(0.3))
         assert completed["transcript"] == ""
+        talk = Talk(audio_in_band=False)
+        await talk.event("turn_end", 0.2, reason="silence", waited_ms=200)
+        talk.call.heard_seconds = 5.3
+        (completed, _) = await talk.event("speech_start", 5.3)
+        assert completed["transcript"] == ""
 
     run(main())
 
 
 # ---------------------------------------------------------------- what the graph says
+
+
+def test_a_truncation_says_exactly_what_was_heard_whatever_was_estimated() -> None:
+    async def main() -> None:
+        talk = Talk()
+        heard: Any = lambda: (talk.call.session.heard.epoch, talk.call.session.heard.seconds)  # noqa: E731
+        id = next(one for one in await talk.sound(3.0, 1.0) if one["type"] == "response.output_item.added")["item"][
+            "id"
+        ]
+        await asyncio.sleep(0.7)
+        await talk.client("input_audio_buffer.append", audio=pcm(0.1))
+        assert heard() == (0, pytest.approx(3.7))  # as far as real time goes
+        await talk.client("conversation.item.truncate", item_id=id, content_index=0, audio_end_ms=123)
+        assert heard() == (0, 3.123)
+        await talk.sound(4.0, 1.0)  # what is made of the item after that is not played
+        await talk.sound(5.0, 0.5, final=True)
+        await asyncio.sleep(9.0)
+        await talk.client("input_audio_buffer.append", audio=pcm(0.1))
+        assert heard() == (0, 3.123)
+        assert talk.call.session.heard.until == 5.5
+        second = await talk.sound(5.5, 1.0, final=True)
+        await asyncio.sleep(9.0)
+        await talk.client("input_audio_buffer.append", audio=pcm(0.1))
+        assert heard() == (0, 6.5)
+        later = second[-1]["response"]["output"][0]["id"]
+        await talk.client("conversation.item.truncate", item_id=id, content_index=0, audio_end_ms=2)
+        assert heard() == (0, 6.5)  # the later reply was played all the same
+        talk.call.epoch = 1
+        await talk.event("interrupted", epoch=1)
+        await talk.client("conversation.item.truncate", item_id=later, content_index=0, audio_end_ms=250)
+        assert heard() == (0, 5.75)
+
+    run(main())
+
+
+def test_a_stage_that_fails_ends_what_is_open_and_is_named() -> None:
+    async def main() -> None:
+        talk = Talk()
+        await talk.event("turn_end", 1.0, reason="manual", waited_ms=0)
+        await talk.sound(0.0, 0.5)
+        before = len(talk.said)
+        chunk = Text(text="a secret", rate=16000)
+        await talk.realtime.fail(StageError("converse", chunk, ValueError("no answer to 'a secret'")))
+        said = talk.said[before:]
+        assert types(said)[0].endswith("transcription.completed")
+        assert (said[-2]["type"], said[-2]["response"]["status"]) == ("response.done", "failed")
+        error = said[-1]["error"]
+        assert (error["type"], error["code"]) == ("server_error", "server_error")
+        assert "'converse' failed" in error["message"]
+        assert "secret" not in json.dumps(said)
+
+    run(main())
 
 
 def test_a_function_call_is_passed_on_and_its_output_goes_into_the_graph() -> None:
@@ -326,6 +431,7 @@ def test_out_of_band_sound_starts_stops_and_an_interruption_truncates_to_what_wa
         talk.call.played(0, 4.0)
         await talk.realtime.played()
         assert types(talk.said)[-1] == "output_audio_buffer.stopped"
+        assert "output_audio_buffer.started" not in types(await talk.sound(4.0, 0.0, final=True))  # an empty reply
         await talk.sound(4.0, 2.0)
         talk.call.epoch = 1
         said = await talk.event("interrupted", epoch=1, heard_seconds=4.5, heard_epoch=0)
@@ -560,6 +666,67 @@ def test_push_to_talk_replies_when_asked(engine: Engine) -> None:
                 sum(len(base64.b64decode(e.delta)) for e in seen if e.type == "response.output_audio.delta") / 2 / RATE
             )
             assert sound == pytest.approx(2.0, abs=0.02)  # all that was said before the commit
+
+    asyncio.run(main())
+
+
+def test_a_commit_brings_the_transcript_and_the_reply_without_more_sound(engine: Engine) -> None:
+    async def main() -> None:
+        service, seen = Service(served.parrot, engine), []
+        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
+            await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+            await connection.response.create()  # nothing was said yet
+            done = await until(connection, "response.done", seen)
+            assert done.response.status == "completed"
+            assert not any(event.type == "response.output_audio.delta" for event in seen)
+            for seconds, words in ((2.0001, 3), (0.1501, 0)):  # no whole number of samples at 16 kHz
+                seen.clear()
+                if words:
+                    await speak(connection, seconds, 0.0)
+                else:
+                    await connection.input_audio_buffer.append(audio=pcm(seconds))
+                await connection.input_audio_buffer.commit()
+                await connection.response.create()
+                kinds: list[str] = []
+                while not {"response.done", "conversation.item.input_audio_transcription.completed"} <= set(kinds):
+                    seen.append(await asyncio.wait_for(connection.recv(), 20))
+                    kinds = [event.type for event in seen]
+                by_type = {event.type: event for event in seen}
+                transcript = by_type["conversation.item.input_audio_transcription.completed"].transcript
+                assert len(transcript.split()) >= words
+                assert words or not transcript
+                deltas = [event.delta for event in seen if event.type == "response.output_audio.delta"]
+                sound = sum(len(base64.b64decode(delta)) for delta in deltas) / 2 / RATE
+                assert sound == pytest.approx(seconds, abs=0.02)
+
+    asyncio.run(main())
+
+
+@stage(name="realtime_test_broken")
+async def broken(ctx: Context, audio: Input, control: Input) -> AsyncIterator[Chunk]:
+    """Begins to answer, and fails."""
+    async for chunk in audio:
+        yield Audio(samples=np.zeros(2400, np.float32), rate=RATE, start=0)
+        raise ValueError(f"a secret: {chunk}")
+
+
+def test_a_stage_that_fails_is_named_before_the_close() -> None:
+    def graph(options: Any) -> Any:
+        made = broken()
+        return (Inlet().named("audio") >> made["audio"]) | (Inlet().named("control") >> made["control"])
+
+    async def main() -> None:
+        service, seen = Service(graph, None), []
+        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
+            await connection.input_audio_buffer.append(audio=pcm(0.1))
+            error = (await until(connection, "error", seen)).error
+            assert (error.type, error.code) == ("server_error", "server_error")
+            assert error.message == "stage 'realtime_test_broken' failed: start a new call"
+            assert [event.response.status for event in seen if event.type == "response.done"] == ["failed"]
+            with pytest.raises(ConnectionClosed) as closed:
+                await connection.recv()
+            assert closed.value.rcvd is not None
+            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1011, error.message)
 
     asyncio.run(main())
 
