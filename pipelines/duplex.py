@@ -1,0 +1,242 @@
+"""A full-duplex dialogue model as one step: 80 ms of sound in, 80 ms of sound and a text token out.
+
+Mimi's encoder, Moshi's temporal and depth transformers and Mimi's decoder run in one ``step``, so the engine captures
+the whole frame in one CUDA graph, and only samples and a token cross its borders. The variant is that of ``MoshiLM``:
+one frame to converse, more to read a log of tokens back into a fresh slot.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..codecs import mimi_checkpoint
+from ..codecs.mimi import Mimi, MimiDecoder, MimiEncoder
+from ..models.conformer.tokenizer import WORD_START, Source, Tokenizer
+from ..models.files import CheckpointError, reading
+from ..models.moshi import checkpoint
+from ..models.moshi.config import UNSET
+from ..models.moshi.lm import MoshiLM
+from ..models.moshi.sampling import Sampling
+from ..models.streaming import Specs, State, StreamingModel, TensorSpec
+from .chunk import Stale
+from .engine import Lease
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Duplex(StreamingModel):
+    """Codec and language model over slots. ``frame`` samples at ``rate`` Hz go in and come out."""
+
+    def __init__(self, lm: MoshiLM, mimi: Mimi, tokenizer: Tokenizer) -> None:
+        """Raises ValueError where the parts do not fit together."""
+        super().__init__()
+        config = lm.config
+        if config.card != mimi.config.bins:
+            raise ValueError(f"the codec has codes of {mimi.config.bins}, the language model of {config.card}")
+        if not config.spoken or not config.heard:
+            raise ValueError(
+                f"this model speaks {config.spoken} codebooks and hears {config.heard}: it cannot converse"
+            )
+        self.lm, self.tokenizer = lm, tokenizer
+        self.encoder = MimiEncoder(mimi, config.heard)
+        self.decoder = MimiDecoder(mimi, config.spoken)
+        self.frame, self.rate = mimi.config.frame, mimi.config.sample_rate
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        return self.lm.variants
+
+    def tick(self, variant: Hashable) -> float:
+        if not isinstance(variant, int):
+            raise TypeError(f"a variant is the number of frames of a step, got {variant!r}")
+        return variant * self.frame / self.rate
+
+    def prepare(self) -> None:
+        for part in (self.lm, self.encoder, self.decoder):
+            part.prepare()
+
+    def state_spec(self) -> Specs:
+        return {**self.lm.state_spec(), **self.encoder.state_spec(), **self.decoder.state_spec()}
+
+    def input_spec(self, variant: Hashable) -> Specs:
+        spec = dict(self.lm.input_spec(variant))
+        if "codes" in spec:
+            del spec["codes"]
+            spec["pcm"] = TensorSpec((self.frame,))
+        return spec
+
+    def probe_inputs(self, variant: Hashable, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise to hear, for measuring which batch sizes are exact."""
+        inputs = self.lm.probe_inputs(variant, rows, generator)
+        if inputs.pop("codes", None) is not None:
+            inputs["pcm"] = torch.randn(rows, self.frame, generator=generator) * 0.1
+        return inputs
+
+    def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """``pcm [B, frame]`` float32 and what ``MoshiLM.step`` takes beside codes.
+
+        Returns ``pcm [B, frame]`` and ``text [B]``, which count where ``valid [B]`` (not at a session's first step),
+        ``sampled`` and ``heard``: the tokens of this step for a :class:`TokenLog`.
+        """
+        if "log" in inputs:
+            return self.lm.step(inputs, state, slots, active)
+        # The model never sees the user's first frame, and in training the second was the codec's first.
+        begun = state["temporal.seen"].index_select(0, slots) > 0
+        heard = self.encoder.step({"pcm": inputs["pcm"]}, state, slots, active & begun)["codes"][..., 0]
+        made = self.lm.step({**inputs, "codes": heard}, state, slots, active)
+        valid = made["valid"]
+        codes = torch.where(valid[:, None], made["codes"], 0)[..., None]
+        pcm = self.decoder.step({"codes": codes}, state, slots, valid)["pcm"]
+        pcm = torch.where(valid[:, None], pcm, 0.0)
+        return {"pcm": pcm, "text": made["text"], "valid": valid, "sampled": made["sampled"], "heard": heard}
+
+    def inputs(self, sampling: Sampling) -> dict[str, NDArray[np.generic]]:
+        """What a step takes beside sound, the same for a whole session; nothing is forced."""
+        return {**sampling.inputs(), "force": np.full(1 + self.lm.config.spoken, UNSET, np.int64)}
+
+
+def load(
+    name: str | PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    prefill: int = 1,
+    kv_dtype: torch.dtype | None = None,
+) -> Duplex:
+    """A checkpoint's language model, codec and tokenizer, by hub name or folder; options as in ``MoshiConfig.changed``.
+
+    Raises CheckpointError.
+    """
+    files = checkpoint.find(name)
+    if files.tokenizer is None:
+        raise CheckpointError(f"{files.folder}: holds no SentencePiece model ({checkpoint.TOKENIZER})")
+    if files.mimi is None and not files.transformers:
+        raise CheckpointError(f"{files.folder}: holds no codec ({checkpoint.MIMI})")
+    with reading(files.tokenizer):
+        tokenizer = Tokenizer(Source("tokenizer.model", files.tokenizer.read_bytes()))
+    lm = checkpoint.load(
+        files, device=device, dtype=dtype, window=window, sinks=sinks, prefill=prefill, kv_dtype=kv_dtype
+    )  # fmt: skip
+    # Transformers' conversions hold the published codec among their own weights.
+    mimi = mimi_checkpoint.load(files.mimi or mimi_checkpoint.DEFAULT, steps=(1,), device=device)
+    with reading(files.folder):
+        return Duplex(lm, mimi, tokenizer)
+
+
+class TokenLog:
+    """The last tokens of a session, ``frames`` at most: small enough to keep beside every session, and enough to
+    restart it in a fresh slot, of this engine or of another, as if it had begun with the first of them."""
+
+    def __init__(self, frames: int) -> None:
+        if frames < 1:
+            raise ValueError(f"a log of {frames} frames: keep at least 1")
+        self._steps: deque[NDArray[np.int64]] = deque(maxlen=frames)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, sampled: Tensor, heard: Tensor) -> None:
+        """One step's tokens, as ``Duplex.step`` returns them for one session."""
+        self._steps.append(np.concatenate((sampled.numpy(), heard.numpy())))
+
+    def blocks(self, frames: int) -> list[dict[str, NDArray[np.int64]]]:
+        """Inputs of the variant ``frames`` that read the log into a fresh slot."""
+        blocks = []
+        steps = list(self._steps)
+        for first in range(0, len(steps), frames):
+            part = np.stack(steps[first : first + frames])
+            filled = np.full((frames, part.shape[1]), UNSET, np.int64)
+            filled[: len(part)] = part
+            blocks.append({"log": filled, "count": np.array(len(part), np.int64)})
+        return blocks
+
+
+async def restart(model: Duplex, lease: Lease, log: TokenLog) -> None:
+    """Reset a lease of ``model`` and read a log into it; the codec's state begins afresh.
+
+    Raises ValueError where the model was loaded without ``prefill``.
+    """
+    frames = max(model.variants)
+    if frames == 1:
+        raise ValueError("to restart from a log, load the model with prefill frames at a time, such as 64")
+    await lease.switch(frames)
+    try:
+        while True:
+            lease.reset()
+            try:
+                for block in log.blocks(frames):
+                    await lease.step(block)
+                return
+            except Stale:  # an interruption took a block away
+                continue
+    finally:
+        await lease.switch(1)
+
+
+@dataclass
+class Monologue:
+    """A session's text tokens as text, utterance by utterance.
+
+    pause: frames of padding that end one; longest: characters that end one at the next word.
+    """
+
+    tokenizer: Tokenizer
+    padding: tuple[int, ...]
+    pause: int = 12
+    longest: int = 400
+
+    text: str = ""
+    began: int = 0  # frame of the utterance's first token
+    _silent: int = 0
+    _frame: int = 0
+    _bytes: bytes = b""
+
+    def add(self, token: int) -> tuple[str, int, bool] | None:
+        """The next frame's token: the utterance so far, its first frame and whether it has ended; None for no news."""
+        frame = self._frame
+        self._frame += 1
+        if token in self.padding or not 0 <= token < len(self.tokenizer.pieces):
+            self._silent += 1
+            return self.end() if self._silent == self.pause else None
+        self._silent = 0
+        piece = self.tokenizer.pieces[token]
+        told = None
+        if len(self.text) >= self.longest and piece.startswith(WORD_START):
+            told = self.end()
+        if not self.text:
+            self.began = frame
+        fresh = self._decoded(piece)
+        if not fresh:
+            return told
+        self.text += fresh
+        return told or (self.text, self.began, False)
+
+    def end(self) -> tuple[str, int, bool] | None:
+        """The utterance, ended; None where nothing was said."""
+        text, self.text, self._bytes = self.text, "", b""
+        return (text, self.began, True) if text else None
+
+    def _decoded(self, piece: str) -> str:
+        """A piece as text; a character that comes in several bytes when its last byte is there."""
+        if found := _BYTE.fullmatch(piece):
+            self._bytes += bytes.fromhex(found[1])
+            try:
+                whole = self._bytes.decode()
+            except UnicodeDecodeError as error:
+                if error.reason == "unexpected end of data" and len(self._bytes) < 4:
+                    return ""
+                whole = self._bytes.decode(errors="replace")
+            self._bytes = b""
+            return whole
+        return piece.replace(WORD_START, " ")
