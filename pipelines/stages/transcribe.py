@@ -19,9 +19,9 @@ from ..transcription import Transcription
 class Transcribe(Stage):
     """Audio of any rate -> ``Text`` chunks: the words so far, and a ``final`` one where speech pauses.
 
-    Inputs: ``audio``; optionally ``control``, events: ``commit`` ends what is being said, when the sound from before it
-    has been heard. It is answered at once by a final caption that reaches to it, empty where no word was open; the
-    model then hears what follows as it does the first sound.
+    Inputs: ``audio``; optionally ``control``, events: ``commit`` and ``clear`` end what is being said, when the sound
+    from before them has been heard. Each is answered at once by a final caption that reaches to it, empty where no word
+    was open; the model then hears what follows as it does the first sound.
 
     model: the recogniser's name in the engine. lookahead: milliseconds, one of the model's (None: its default).
     language: for models with a language prompt. endpoint: seconds without a word that end a caption.
@@ -45,11 +45,11 @@ class Transcribe(Stage):
         session = Transcription(recognizer, self.lookahead, language=self.language, endpoint=self.endpoint)
         lease = await ctx.open(self.model, variant=session.variant)
         resampler: Resampler | None = None
-        heard, waiting = 0.0, deque[Event]()  # commits after sound that is still on its way
+        heard, waiting = 0.0, deque[Event]()  # ends, after sound that is still on its way
         while ready := await select(control, audio):
             chunk = ready.get_nowait()
             if ready is control and isinstance(chunk, Event):
-                if chunk.name == "commit":
+                if chunk.name in ("commit", "clear"):
                     waiting.append(chunk)
             elif ready is audio and isinstance(chunk, Audio):
                 if resampler is None:
@@ -83,12 +83,12 @@ async def _rest(session: Transcription, lease: Lease, resampler: Resampler | Non
     return [*texts(captions), *texts(session.finish())]
 
 
-def _reaching(commit: Event, said: list[Text]) -> list[Text]:
-    """What was said up to the commit, the last of it final, and lasting until then."""
+def _reaching(end: Event, said: list[Text]) -> list[Text]:
+    """What was said up to the end, the last of it final, and lasting until then."""
     if not said or not said[-1].final:
-        said = [*said, Text(text="", rate=commit.rate, start=commit.start, final=True)]
+        said = [*said, Text(text="", rate=end.rate, start=end.start, final=True)]
     *before, last = said
-    return [*before, replace(last, duration=max(last.duration, round(commit.start_seconds * last.rate) - last.start))]
+    return [*before, replace(last, duration=max(last.duration, round(end.start_seconds * last.rate) - last.start))]
 
 
 def texts(captions: Iterable[Caption]) -> Iterable[Text]:

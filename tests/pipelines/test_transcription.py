@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from antiphon.codecs.audio_file import AudioError, write
 from antiphon.codecs.mel import LogMel, MelConfig
 from antiphon.models.conformer.checkpoint import load
 from antiphon.models.layers.packing import HAS_ONEDNN, Packable
-from antiphon.pipelines.captions import Final
+from antiphon.pipelines.captions import Caption, Final, Partial
 from antiphon.pipelines.chunk import Audio, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Engine
@@ -110,9 +111,11 @@ def test_streaming_gives_the_tokens_of_one_pass(recognizer: Recognizer, lookahea
         assert len(expected) > 3
 
 
-def test_sessions_that_come_and_go_hear_what_they_hear_alone(recognizer: Recognizer) -> None:
+@pytest.mark.parametrize("decoder", ["rnnt", "beam"])
+def test_sessions_that_come_and_go_hear_what_they_hear_alone(checkpoint: Path, decoder: str) -> None:
+    recognizer = Recognizer(load(checkpoint), decoder)
     rng = np.random.default_rng(5)
-    recordings = [(int(rng.choice(LOOKAHEADS)), noise(int(rng.integers(300, 30_000)), seed)) for seed in range(24)]
+    recordings = [(int(rng.choice(LOOKAHEADS)), noise(int(rng.integers(300, 30_000)), seed)) for seed in range(14)]
     expected = [alone(recognizer, lookahead, pcm) for lookahead, pcm in recordings]
     heard: dict[int, list[tuple[int, int]]] = {}
     with Engine(inline=True) as engine:
@@ -251,7 +254,7 @@ def test_a_commit_ends_what_is_said_without_more_sound_and_what_follows_is_heard
         assert len(alone[1]) > 2
         (nothing,) = await live(Event(name="commit", rate=16_000, start=0))
         assert (nothing.text, nothing.final, nothing.duration) == ("", True, 0)
-        twice = await live(first, commit, commit)
+        twice = await live(first, commit, Event(name="clear", rate=16_000, start=20_000))
         assert words(twice) == alone[0]
 
     run_virtual(main())
@@ -281,6 +284,25 @@ def test_ctc_streams_too(checkpoint: Path) -> None:
     recognizer = Recognizer(load(checkpoint), "ctc")
     pcm = noise(20_000, 1)
     assert alone(recognizer, 1, pcm) == offline(recognizer, pcm, 1)
+
+
+def test_what_a_beam_search_leaves_open_is_shown_and_settled_at_the_end(checkpoint: Path, tmp_path: Path) -> None:
+    recognizer = Recognizer(load(checkpoint), "beam")
+    pcm = noise(48_000, 3)
+    session = Transcription(recognizer, 80)
+    captions: list[Caption] = []
+    with Engine(inline=True) as engine:
+        engine.add("asr", recognizer, slots=1, variants=[1])
+        lease = engine.open_sync("asr", 1)
+        for block in (*session.push(pcm), *session.flush()):
+            captions += session.take(engine.run_sync([(lease, session.inputs(block))])[0], block)
+    captions += session.finish()
+    shown = [caption.text for caption in captions if isinstance(caption, Partial)]
+    assert any(not later.startswith(earlier) for earlier, later in itertools.pairwise(shown))  # some were revised
+    said = [word for caption in captions if isinstance(caption, Final) for word in caption.words]
+    tokens = alone(recognizer, 1, pcm)
+    assert " ".join(word.text for word in said) == recognizer.asr.vocabulary.decode([token for token, _ in tokens])
+    assert said[-1].end == pytest.approx((tokens[-1][1] + 1) * 0.08)
 
 
 @pytest.mark.gpu

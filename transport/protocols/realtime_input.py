@@ -25,12 +25,14 @@ class _Turn:
     """What the user said in one turn, or is saying. start, end: seconds of media (end: None while it is open).
 
     announced: the client has heard of its id, so that transcript may go out. final_to: end of its last final caption.
+    cleared: the client had it forgotten; it stays until its last words have come, which are nobody else's.
     """
 
     id: str
     start: float
     end: float | None = None
     announced: bool = False
+    cleared: bool = False
     final_to: float = 0.0
     done: str = ""  # words of captions that are final
     sent: str = ""  # transcript that has gone out as deltas
@@ -64,7 +66,11 @@ class InputBuffer:
     async def clear(self) -> None:
         """Forget the open turn."""
         await self.call.tell("clear")
-        self._emptied, self._turn = self.call.heard_seconds, None
+        turn, self._turn = self._turn or _Turn(new_id("item"), self._committed), None
+        turn.end, turn.announced, turn.cleared = self.call.heard_seconds, False, True
+        self._emptied = self._committed = turn.end
+        if self._transcribed < turn.end:
+            self._turns.append(turn)
         self.conversation.say("input_audio_buffer.cleared")
 
     def expire(self) -> None:
@@ -83,9 +89,11 @@ class InputBuffer:
         """The user has begun to speak; a pause within a turn is not told."""
         if self._turn is None or not self._turn.announced:
             self._turn = self._turn or _Turn(new_id("item"), 0.0)
-            self._turn.start, self._turn.announced = self._padded(event.start_seconds), True
-            start = round(self._turn.start * 1000)
-            self.conversation.say("input_audio_buffer.speech_started", audio_start_ms=start, item_id=self._turn.id)
+            start = max(self._committed, self._padded(event.start_seconds))
+            self._turn.start, self._turn.announced = start, True
+            self.conversation.say(
+                "input_audio_buffer.speech_started", audio_start_ms=round(start * 1000), item_id=self._turn.id
+            )
 
     def turn_end(self, event: Event) -> None:
         """The turn becomes an item of the conversation."""
@@ -123,7 +131,7 @@ class InputBuffer:
 
     def caption(self, caption: Text) -> None:
         """A caption's words go to the turns they were said in; a word that may still grow is kept back."""
-        if not self._turns and self._turn is None:
+        if self._turn is None and all(turn.cleared for turn in self._turns):
             self._turn = _Turn(new_id("item"), self._committed)
         words = caption.words or (Word(caption.text, caption.start_seconds, caption.end_seconds),)
         said = words if caption.final else words[:-1]
@@ -154,8 +162,10 @@ class InputBuffer:
             turn.sent = whole
 
     def _complete(self, turn: _Turn) -> None:
-        transcript = turn.done or turn.sent
         self._transcribed = max(self._transcribed, turn.final_to)
+        if turn.cleared:
+            return
+        transcript = turn.done or turn.sent
         self.conversation.transcribed(turn.id, transcript)
         self.conversation.say(
             "conversation.item.input_audio_transcription.completed",

@@ -1,134 +1,20 @@
-"""OpenAI's Realtime API: the protocol by itself under any order of events, and the ``openai`` package with a server."""
+"""OpenAI's Realtime API: the protocol by itself, event by event."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from websockets.exceptions import ConnectionClosed
 
 from antiphon.codecs import g711
-from antiphon.codecs.resample import resample
-from antiphon.models.silero import SileroVAD
-from antiphon.pipelines import served
-from antiphon.pipelines.chunk import Audio, Chunk, Event, Text, Word
-from antiphon.pipelines.clock import run_virtual
-from antiphon.pipelines.engine import Engine
-from antiphon.pipelines.session import Session
-from antiphon.pipelines.stage import Context, Inlet, Input, StageError, stage
-from antiphon.transport.call import Item
-from antiphon.transport.protocols.realtime import Realtime, routes
-from antiphon.transport.service import Service
+from antiphon.pipelines.chunk import Text, Word
+from antiphon.pipelines.stage import StageError
 
-from .serving import clip, recognising, serving
-
-openai = pytest.importorskip("openai")
-from openai.types.realtime import RealtimeServerEvent  # noqa: E402
-from pydantic import TypeAdapter  # noqa: E402
-
-SERVER_EVENT: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
-RATE = 24000
-
-
-class ScriptedCall:
-    """What ``Realtime`` needs of a call, with nothing behind it."""
-
-    replies = frozenset({"parrot.audio", "parrot.said"})
-
-    def __init__(self) -> None:
-        self.id, self.rate, self.heard_seconds = "scripted", None, 0.0
-        self.session = SimpleNamespace(heard=None)
-        self.told: list[tuple[str, Any]] = []
-        self.heard: list[np.ndarray] = []
-        self.epoch = 0
-
-    def takes(self, inlet: str) -> bool:
-        return inlet in ("audio", "control")
-
-    async def hear(self, samples: np.ndarray, rate: int) -> None:
-        self.rate = rate
-        self.heard.append(samples)
-        self.heard_seconds += len(samples) / rate
-
-    async def tell(self, name: str, data: Any = None) -> None:
-        self.told.append((name, data))
-
-    def interrupt(self) -> int:
-        self.epoch += 1
-        return self.epoch
-
-    def played(self, epoch: int, seconds: float, until: float | None = None) -> None:
-        Session.report_heard(self.session, "client", epoch, seconds, until)  # type: ignore[arg-type]
-
-
-class Talk:
-    """A protocol over a scripted call, and everything it said, each event parsed by the SDK's types."""
-
-    def __init__(self, *, audio_in_band: bool = True, type: str = "realtime") -> None:
-        self.call = ScriptedCall()
-        self.said: list[dict[str, Any]] = []
-        self.realtime = Realtime(self.call, self._take, audio_in_band=audio_in_band, type=type)  # type: ignore[arg-type]
-        self._items = 0
-
-    async def _take(self, message: dict[str, Any]) -> None:
-        parsed = SERVER_EVENT.validate_python(json.loads(json.dumps(message)))
-        assert parsed.type == message["type"]
-        self.said.append(message)
-
-    async def client(self, type: str, **fields: Any) -> list[dict[str, Any]]:
-        """Send an event; what came of it."""
-        before = len(self.said)
-        await self.realtime.handle(json.dumps({"type": type, **fields}))
-        return self.said[before:]
-
-    async def graph(self, chunk: Chunk, source: str = "") -> list[dict[str, Any]]:
-        """The call puts something out; what came of it."""
-        before, self._items = len(self.said), self._items + 1
-        await self.realtime.item(Item(self._items, chunk, 0.0, source))
-        return self.said[before:]
-
-    async def event(self, name: str, seconds: float = 0.0, /, **data: Any) -> list[dict[str, Any]]:
-        chunk = Event(name=name, data=data, rate=16000, start=round(seconds * 16000), epoch=self.call.epoch)
-        return await self.graph(chunk, "turns.events")
-
-    async def sound(self, start: float, seconds: float, *, final: bool = False) -> list[dict[str, Any]]:
-        samples = np.full(round(seconds * RATE), 0.25, np.float32)
-        audio = Audio(samples=samples, rate=RATE, start=round(start * RATE), epoch=self.call.epoch, final=final)
-        return await self.graph(audio, "parrot.audio")
-
-    async def caption(self, text: str, *, final: bool = False, start: float = 0.0) -> list[dict[str, Any]]:
-        words = tuple(Word(word, start + at / 4, start + (at + 1) / 4) for at, word in enumerate(text.split()))
-        chunk = Text(text=text, words=words, rate=16000, start=round(start * 16000), duration=4000 * len(words),
-                     final=final, epoch=0)  # fmt: skip
-        return await self.graph(chunk, "captions")
-
-
-def types(messages: list[dict[str, Any]]) -> list[str]:
-    return [message["type"] for message in messages]
-
-
-def run(main: Coroutine[Any, Any, Any]) -> Any:
-    return run_virtual(main)
-
-
-def error_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    (message,) = messages
-    assert message["type"] == "error"
-    return message["error"]
-
-
-def pcm(seconds: float) -> str:
-    return base64.b64encode(bytes(2 * round(seconds * RATE))).decode()
-
+from .talking import RATE, Talk, error_of, pcm, run, types
 
 # ---------------------------------------------------------------- the session
 
@@ -327,6 +213,30 @@ def test_a_caption_that_reaches_to_the_end_of_a_turn_completes_it(text: str, cap
     run(main())
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_words_of_what_was_cleared_are_no_one_elses(ended: bool) -> None:
+    async def main() -> None:
+        talk = Talk()
+        await talk.client("input_audio_buffer.append", audio=pcm(0.6))
+        await talk.caption("one two")  # 0 to 0.5 s
+        assert types(await talk.client("input_audio_buffer.clear")) == ["input_audio_buffer.cleared"]
+        if ended:
+            await talk.caption("one two three", final=True)
+            await talk.caption("four", start=0.75)
+        else:
+            await talk.caption("one two three four")
+        (started,) = await talk.event("speech_start", 0.75)
+        assert started["audio_start_ms"] == 600
+        await talk.event("turn_end", 1.0, reason="manual", waited_ms=0)
+        said = await talk.caption("four", start=0.75, final=True) if ended else []
+        said += await talk.caption("one two three four five", final=True) if not ended else []
+        (completed,) = [one for one in said if one["type"].endswith("completed")]
+        assert completed["transcript"] == ("four" if ended else "four five")
+        assert completed["item_id"] == started["item_id"]
+
+    run(main())
+
+
 def test_a_turn_without_words_is_completed_empty_when_none_can_come() -> None:
     async def main() -> None:
         talk = Talk()
@@ -451,303 +361,3 @@ def test_a_transcription_session_makes_no_responses() -> None:
         error_of(await talk.client("response.create"))
 
     run(main())
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Every response ends in exactly one ``response.done``, ids were announced, nothing comes from a stopped one."""
-
-    @initialize(in_band=st.booleans())
-    def begin(self, in_band: bool) -> None:
-        self.talk, self.at = Talk(audio_in_band=in_band), 0.0
-        self.now = 0.0
-        self.open = False  # the reply of the graph
-        self.lengths: dict[str, int] = {}
-        self._run(self.talk.realtime.start())
-
-    def _run(self, work: Coroutine[Any, Any, Any]) -> list[dict[str, Any]]:
-        return run(work)
-
-    @rule(seconds=st.sampled_from([0.1, 0.25]), final=st.booleans())
-    def sound(self, seconds: float, final: bool) -> None:
-        said = self._run(self.talk.sound(self.at, seconds, final=final))
-        self.at += seconds
-        for one in said:
-            if one["type"] == "response.output_audio.delta":
-                length = len(base64.b64decode(one["delta"])) * 1000 // (2 * RATE)
-                self.lengths[one["item_id"]] = self.lengths.get(one["item_id"], 0) + length
-
-    @rule(text=st.sampled_from(["one", "one two"]), final=st.booleans())
-    def words(self, text: str, final: bool) -> None:
-        chunk = Text(text=text, rate=RATE, start=0, epoch=self.talk.call.epoch, final=final)
-        self._run(self.talk.graph(chunk, "parrot.said"))
-
-    @rule(text=st.sampled_from(["a", "a b", "a b c"]), final=st.booleans())
-    def caption(self, text: str, final: bool) -> None:
-        self._run(self.talk.caption(text, final=final, start=self.now))
-
-    @rule(length=st.sampled_from([0.2, 1.0]), reason=st.sampled_from(["silence", "manual", "idle"]))
-    def turn(self, length: float, reason: str) -> None:
-        if reason == "silence":
-            self._run(self.talk.event("speech_start", self.now))
-        self.now += length
-        self._run(self.talk.event("turn_end", self.now, reason=reason, waited_ms=0))
-
-    @rule()
-    def interrupted(self) -> None:
-        call = self.talk.call
-        heard = {} if call.session.heard is None else {"heard_seconds": call.session.heard.seconds, "heard_epoch": 0}
-        call.epoch += 1
-        said = self._run(self.talk.event("interrupted", epoch=call.epoch, **heard))
-        assert types(said).count("response.done") <= 1
-        self._stale()
-
-    @rule()
-    def cancel(self) -> None:
-        if types(self._run(self.talk.client("response.cancel")))[-1] != "error":
-            self._stale()
-
-    def _stale(self) -> None:
-        """Sound of the epoch that has ended is not passed on."""
-        audio = Audio(samples=np.zeros(240, np.float32), rate=RATE, epoch=self.talk.call.epoch - 1)
-        assert self._run(self.talk.graph(audio, "parrot.audio")) == []
-
-    @rule()
-    def create(self) -> None:
-        self._run(self.talk.client("response.create"))
-
-    @rule()
-    def call_function(self) -> None:
-        self._run(self.talk.event("function_call", name="f", call_id="c", arguments="{}"))
-
-    @precondition(lambda self: self.lengths)
-    @rule(data=st.data())
-    def truncate(self, data: Any) -> None:
-        id = list(self.lengths)[data.draw(st.integers(0, len(self.lengths) - 1))]  # ids are random, their order is not
-        asked = data.draw(st.integers(0, self.lengths[id] + 200))
-        (said,) = self._run(
-            self.talk.client("conversation.item.truncate", item_id=id, content_index=0, audio_end_ms=asked)
-        )
-        if asked <= self.lengths[id]:
-            assert said["audio_end_ms"] == asked
-            assert self.talk.call.session.heard.seconds <= self.at + 1e-6
-        else:
-            assert said["type"] == "error"
-
-    @invariant()
-    def order_holds(self) -> None:
-        open_response: str | None = None
-        items, done, completed = set(), set(), set()
-        for one in self.talk.said:
-            kind = one["type"]
-            if kind == "response.created":
-                assert open_response is None
-                open_response = one["response"]["id"]
-                assert open_response not in done
-            elif kind == "response.done":
-                assert one["response"]["id"] == open_response
-                done.add(open_response)
-                open_response = None
-            elif kind.startswith("response."):
-                assert one["response_id"] == open_response
-            elif kind == "conversation.item.added":
-                assert one["item"]["id"] not in items
-                items.add(one["item"]["id"])
-            elif kind == "conversation.item.done":
-                assert one["item"]["id"] in items
-            elif kind.endswith("transcription.completed"):
-                assert one["item_id"] in items
-                assert one["item_id"] not in completed
-                completed.add(one["item_id"])
-            if kind.endswith(".delta") and "item_id" in one and kind.startswith("response."):
-                assert one["item_id"] in items
-
-    def teardown(self) -> None:
-        if hasattr(self, "talk"):
-            self._run(self.talk.realtime.finish())
-            self.order_holds()
-            assert types(self.talk.said).count("response.created") == types(self.talk.said).count("response.done")
-
-
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
-TestAnyOrder = AnyOrder.TestCase
-
-
-# ---------------------------------------------------------------- the SDK against a server
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with recognising() as engine:
-        engine.add("vad", SileroVAD(), slots=4)
-        yield engine
-
-
-def client_of(address: str) -> Any:
-    return openai.AsyncOpenAI(
-        api_key="unused", base_url=f"http://{address}/v1", websocket_base_url=f"ws://{address}/v1"
-    )
-
-
-async def until(connection: Any, kind: str, seen: list[Any], seconds: float = 30.0) -> Any:
-    async with asyncio.timeout(seconds):
-        while True:
-            event = await connection.recv()
-            SERVER_EVENT.validate_python(event.model_dump(exclude_unset=True))
-            seen.append(event)
-            if event.type == kind:
-                return event
-
-
-async def speak(connection: Any, seconds: float, silence: float) -> None:
-    samples = resample(clip(seconds).astype(np.float32) / 32768, 16000, RATE)
-    samples = np.concatenate((samples, np.zeros(round(silence * RATE), np.float32)))
-    data = (samples * 32767).astype("<i2").tobytes()
-    for at in range(0, len(data), 9600):
-        await connection.input_audio_buffer.append(audio=base64.b64encode(data[at : at + 9600]).decode())
-
-
-def test_the_sdk_talks_with_the_parrot(engine: Engine) -> None:
-    async def main() -> None:
-        service = Service(served.parrot, engine, name="parrot")
-        seen: list[Any] = []
-        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
-            created = await until(connection, "session.created", seen)
-            assert created.session.model == "parrot"
-            await connection.session.update(
-                session={
-                    "type": "realtime",
-                    "audio": {
-                        "input": {
-                            "turn_detection": {
-                                "type": "server_vad",
-                                "silence_duration_ms": 600,
-                                "idle_timeout_ms": None,
-                            }
-                        }
-                    },
-                }
-            )
-            await until(connection, "session.updated", seen)
-            await connection.send({"type": "nonsense", "event_id": "mine"})
-            assert (await until(connection, "error", seen)).error.event_id == "mine"
-            await speak(connection, 3.0, 3.0)
-            done = await until(connection, "response.done", seen)
-            kinds = [event.type for event in seen]
-            if not any(kind.endswith("transcription.completed") for kind in kinds):
-                await until(connection, "conversation.item.input_audio_transcription.completed", seen)
-            by_type = {event.type: event for event in seen}
-            assert done.response.status == "completed"
-            sound = (
-                sum(len(base64.b64decode(e.delta)) for e in seen if e.type == "response.output_audio.delta") / 2 / RATE
-            )
-            assert 1.0 < sound < 6.0
-            transcript = by_type["conversation.item.input_audio_transcription.completed"].transcript
-            assert len(transcript.split()) >= 3
-            item = done.response.output[0].id
-            await connection.conversation.item.truncate(item_id=item, content_index=0, audio_end_ms=400)
-            assert (await until(connection, "conversation.item.truncated", seen)).audio_end_ms == 400
-
-    asyncio.run(main())
-
-
-def test_push_to_talk_replies_when_asked(engine: Engine) -> None:
-    async def main() -> None:
-        service, seen = Service(served.parrot, engine), []
-        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
-            await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
-            await until(connection, "session.updated", seen)
-            await speak(connection, 2.0, 0.0)
-            await connection.input_audio_buffer.commit()
-            await until(connection, "input_audio_buffer.committed", seen)
-            await connection.response.create()
-            done = await until(connection, "response.done", seen)
-            assert done.response.status == "completed"
-            sound = (
-                sum(len(base64.b64decode(e.delta)) for e in seen if e.type == "response.output_audio.delta") / 2 / RATE
-            )
-            assert sound == pytest.approx(2.0, abs=0.02)  # all that was said before the commit
-
-    asyncio.run(main())
-
-
-def test_a_commit_brings_the_transcript_and_the_reply_without_more_sound(engine: Engine) -> None:
-    async def main() -> None:
-        service, seen = Service(served.parrot, engine), []
-        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
-            await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
-            await connection.response.create()  # nothing was said yet
-            done = await until(connection, "response.done", seen)
-            assert done.response.status == "completed"
-            assert not any(event.type == "response.output_audio.delta" for event in seen)
-            for seconds, words in ((2.0001, 3), (0.1501, 0)):  # no whole number of samples at 16 kHz
-                seen.clear()
-                if words:
-                    await speak(connection, seconds, 0.0)
-                else:
-                    await connection.input_audio_buffer.append(audio=pcm(seconds))
-                await connection.input_audio_buffer.commit()
-                await connection.response.create()
-                kinds: list[str] = []
-                while not {"response.done", "conversation.item.input_audio_transcription.completed"} <= set(kinds):
-                    seen.append(await asyncio.wait_for(connection.recv(), 20))
-                    kinds = [event.type for event in seen]
-                by_type = {event.type: event for event in seen}
-                transcript = by_type["conversation.item.input_audio_transcription.completed"].transcript
-                assert len(transcript.split()) >= words
-                assert words or not transcript
-                deltas = [event.delta for event in seen if event.type == "response.output_audio.delta"]
-                sound = sum(len(base64.b64decode(delta)) for delta in deltas) / 2 / RATE
-                assert sound == pytest.approx(seconds, abs=0.02)
-
-    asyncio.run(main())
-
-
-@stage(name="realtime_test_broken")
-async def broken(ctx: Context, audio: Input, control: Input) -> AsyncIterator[Chunk]:
-    """Begins to answer, and fails."""
-    async for chunk in audio:
-        yield Audio(samples=np.zeros(2400, np.float32), rate=RATE, start=0)
-        raise ValueError(f"a secret: {chunk}")
-
-
-def test_a_stage_that_fails_is_named_before_the_close() -> None:
-    def graph(options: Any) -> Any:
-        made = broken()
-        return (Inlet().named("audio") >> made["audio"]) | (Inlet().named("control") >> made["control"])
-
-    async def main() -> None:
-        service, seen = Service(graph, None), []
-        async with serving(routes(service)) as address, client_of(address).realtime.connect(model="any") as connection:
-            await connection.input_audio_buffer.append(audio=pcm(0.1))
-            error = (await until(connection, "error", seen)).error
-            assert (error.type, error.code) == ("server_error", "server_error")
-            assert error.message == "stage 'realtime_test_broken' failed: start a new call"
-            assert [event.response.status for event in seen if event.type == "response.done"] == ["failed"]
-            with pytest.raises(ConnectionClosed) as closed:
-                await connection.recv()
-            assert closed.value.rcvd is not None
-            assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1011, error.message)
-
-    asyncio.run(main())
-
-
-def test_a_full_server_says_so_and_a_broken_connection_ends_its_call(engine: Engine) -> None:
-    async def main() -> None:
-        service = Service(served.parrot, engine, max_calls=1)
-        async with serving(routes(service)) as address:
-            client = client_of(address)
-            async with client.realtime.connect(model="any") as first:
-                await until(first, "session.created", [])
-                async with client.realtime.connect(model="any") as second:
-                    error = await until(second, "error", [])
-                    assert error.error.code == "rate_limit_exceeded"
-                    with pytest.raises(ConnectionClosed) as closed:
-                        await second.recv()
-                    assert closed.value.rcvd is not None
-                    assert closed.value.rcvd.code == 1013
-                first._connection.transport.abort()
-                async with asyncio.timeout(5):
-                    while service.calls:
-                        await asyncio.sleep(0.01)
-
-    asyncio.run(main())
