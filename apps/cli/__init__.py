@@ -154,6 +154,20 @@ def serve(
 
 
 @app.command()
+def codec(
+    file: Annotated[str, typer.Argument(help="Audio or video file; - for standard input.", metavar="FILE")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the result: .wav, .flac, .opus, .mp3.")],
+    codebooks: Annotated[int, typer.Option(min=1, help="Codes a frame; more sound better.")] = 8,
+    model: Annotated[str, typer.Option(help="Hub name, or a path.")] = "kyutai/mimi",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Hear what the Mimi codec leaves of a recording."""
+    from .codec import run
+
+    run(file, output=output, codebooks=codebooks, model=model, device=device)
+
+
+@app.command()
 def token(
     seconds: Annotated[float, typer.Option(min=1, max=3600, help="How long it may be used to join.")] = 60.0,
 ) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text as Styled
 
 from ...codecs.audio_file import STDIN, AudioError, AudioWarning, info
@@ -27,6 +26,7 @@ from ...pipelines.transcription import End, Transcriber
 from ...transport.files import FileSource
 from .console import CommandError, complain, stderr, warnings_as_lines
 from .outputs import Outputs
+from .progress import progress, real_time_factor
 
 
 @dataclass
@@ -114,7 +114,8 @@ def _batch(recordings: list[Recording], outputs: Outputs, transcriber: Transcrib
     began = time.perf_counter()
     first: float | None = None
     failed = 0
-    with _progress(recordings) as progress:
+    stated = [one.stated for one in recordings if one.stated is not None]
+    with progress(sum(stated) if len(stated) == len(recordings) else None) as bar:
         for number, event in transcriber.transcribe_many([one.path for one in recordings]):
             recording = recordings[number]
             if isinstance(event, End):
@@ -128,30 +129,13 @@ def _batch(recordings: list[Recording], outputs: Outputs, transcriber: Transcrib
                 continue
             first = time.perf_counter() - began if first is None else first
             recording.heard = max(recording.heard, event.at)
-            progress.update(progress.task_ids[0], completed=sum(one.heard for one in recordings))
+            bar.update(bar.task_ids[0], completed=sum(one.heard for one in recordings))
             if isinstance(event, Final):
                 outputs.add(recording.path, event)
     took = time.perf_counter() - began
     seconds = sum(one.heard for one in recordings)
     shown = "no speech found" if first is None else f"first partial after {first:.2f} s, final after {took:.2f} s"
-    return f"{seconds:.1f} s of audio in {took:.2f} s; {_factor(took, seconds)}; {shown}", failed
-
-
-def _progress(recordings: list[Recording]) -> Progress:
-    """A bar in seconds of audio; where a length is unknown it only moves."""
-    known = [one.stated for one in recordings if one.stated is not None]
-    console = stderr()
-    progress = Progress(
-        BarColumn(),
-        TextColumn("{task.completed:.0f} s of audio"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
-    )
-    progress.add_task("", total=sum(known) if len(known) == len(recordings) else None)
-    return progress
+    return f"{seconds:.1f} s of audio in {took:.2f} s; {real_time_factor(took, seconds)}; {shown}", failed
 
 
 @dataclass
@@ -181,7 +165,7 @@ async def _live(recordings: list[Recording], outputs: Outputs, transcriber: Tran
     seconds = sum(one.seconds for one in recordings)
     lanes = transcriber.engine.metrics()["models"]["asr"]["variants"].values()
     busy = sum(times["median"] * times["count"] for lane in lanes for times in lane["steps"].values())
-    return f"{seconds:.1f} s of audio; {_factor(busy, seconds)}; {latency}"
+    return f"{seconds:.1f} s of audio; {real_time_factor(busy, seconds)}; {latency}"
 
 
 async def show(
@@ -203,7 +187,3 @@ async def show(
                 outputs.add(recording.path, Final(text.words, at))
             if console.is_terminal:
                 live.update(Styled("" if text.final else text.text, style="bright_black"), refresh=True)
-
-
-def _factor(took: float, seconds: float) -> str:
-    return f"real-time factor {took / seconds:.3f}" if seconds else "no audio"
