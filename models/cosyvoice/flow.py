@@ -8,6 +8,7 @@ condition (encoder output, speaker, the prompt's frames), and moves past the fir
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ class FlowMatching(nn.Module):
         context = Whole(mask, lengths.repeat_interleave(BRANCHES), mu.shape[1], RATE, self.dtype)
         x = self.noise_at(frames).expand(len(tokens), -1, -1)
         samples = []
-        for start, end in zip(self.times, self.times[1:], strict=False):
+        for start, end in pairwise(self.times):
             shifts = self.estimator.shifts(torch.tensor([start], dtype=self.sample_dtype, device=mu.device))
             x = x + (end - start) * self.guided(x, condition, shifts, context)
             samples.append(x)

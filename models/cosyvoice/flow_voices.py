@@ -95,9 +95,8 @@ def check_prompt(tokens: Iterable[int], mel: Tensor, embedding: Tensor, config: 
         raise ValueError(f"a prompt of {len(tokens)} tokens is longer than the {limits.prompt} there is room for")
     if any(not 0 <= token < config.vocabulary for token in tokens):
         raise ValueError(f"prompt tokens must lie in 0 to {config.vocabulary - 1}")
-    if tuple(mel.shape) != (RATE * len(tokens), config.mels):
-        raise ValueError(
-            f"{len(tokens)} prompt tokens need mel {[RATE * len(tokens), config.mels]}, got {[*mel.shape]}"
-        )
+    shape = (RATE * len(tokens), config.mels)
+    if tuple(mel.shape) != shape:
+        raise ValueError(f"a prompt of {len(tokens)} tokens has mel frames {[*shape]}, not {[*mel.shape]}")
     if tuple(embedding.shape) != (config.speaker,):
         raise ValueError(f"the speaker's embedding must be [{config.speaker}], got {[*embedding.shape]}")
