@@ -1,13 +1,14 @@
 """From a recogniser's tokens to captions: words with times, partial and final events.
 
 Greedy RNN-T and CTC never retract a token, so a caption only grows: every word but the last is settled as soon as the
-next one starts. A caption becomes final after ``endpoint`` seconds without a token (sherpa-onnx's trailing-silence
-rule), at an end-of-utterance token, or at ``longest`` seconds, where it is cut before its last word.
+next one starts. Beam search has open tokens besides, which a partial caption shows but which may still change. A
+caption becomes final after ``endpoint`` seconds without a token and none open (sherpa-onnx's trailing-silence rule), at
+an end-of-utterance token, or at ``longest`` seconds, where it is cut before its last settled word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Partial(Caption):
-    """A caption that may still grow; each one repeats the words of the last."""
+    """A caption that may still grow; each one repeats the words of the last, but for those that were open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,19 @@ class Captioner:
         self._words: list[Word] = []
         self._pieces: list[int] = []
         self._first = self._last = 0.0
+        self._shown: tuple[int, ...] = ()  # open tokens of the last partial caption
 
-    def add(self, tokens: Iterable[tuple[int, float]], frames: float, at: float) -> Iterator[Caption]:
+    def add(
+        self,
+        tokens: Iterable[tuple[int, float]],
+        frames: float,
+        at: float,
+        open_tokens: Sequence[tuple[int, float]] = (),
+    ) -> Iterator[Caption]:
         """Take the tokens ``(id, frame)`` of one step and yield what they change.
 
         frames: of ``frame`` seconds, seen so far, these included. at: seconds of media consumed so far.
+        open_tokens: those that follow but may still change.
         """
         changed = False
         for token, frame in tokens:
@@ -96,10 +105,12 @@ class Captioner:
                 self._pieces.append(token)
                 self._last = frame
                 changed = True
-        if self._open and (frames - 1 - self._last) * self._frame >= self._endpoint:
+        shown = tuple(token for token, _ in open_tokens)
+        if not shown and self._open and (frames - 1 - self._last) * self._frame >= self._endpoint:
             yield from self.finish(at)
-        elif changed:
-            yield Partial(self._so_far(), at)
+        elif changed or shown != self._shown:
+            yield Partial(self._so_far(open_tokens), at)
+        self._shown = shown
 
     def finish(self, at: float) -> Iterator[Final]:
         """The speech has ended: what is open becomes final."""
@@ -120,15 +131,24 @@ class Captioner:
             yield Final(tuple(self._words), at)
             self._words = []
 
-    def _so_far(self) -> tuple[Word, ...]:
-        return (*self._words, *self._open_word())
+    def _so_far(self, open_tokens: Sequence[tuple[int, float]]) -> tuple[Word, ...]:
+        words, pieces, first, last = list(self._words), list(self._pieces), self._first, self._last
+        for token, frame in open_tokens:
+            if self._vocabulary.is_special(token):
+                continue
+            if self._vocabulary.starts_word(token) or not pieces:
+                words += self._word(pieces, first, last)
+                pieces, first = [], frame
+            pieces.append(token)
+            last = frame
+        return (*words, *self._word(pieces, first, last))
 
-    def _open_word(self) -> tuple[Word, ...]:
-        text = self._vocabulary.decode(self._pieces).strip() if self._pieces else ""
+    def _word(self, pieces: list[int], first: float, last: float) -> tuple[Word, ...]:
+        text = self._vocabulary.decode(pieces).strip() if pieces else ""
         if not text:
             return ()
-        return (Word(text, round(self._first * self._frame, 3), round((self._last + 1) * self._frame, 3)),)
+        return (Word(text, round(first * self._frame, 3), round((last + 1) * self._frame, 3)),)
 
     def _close_word(self) -> None:
-        self._words.extend(self._open_word())
+        self._words.extend(self._word(self._pieces, self._first, self._last))
         self._pieces = []

@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..codecs.mel import UNKNOWN, LogMel, MelConfig
-from ..models.conformer.config import encoder_frames
+from ..models.conformer.beam import BeamSearch
+from ..models.conformer.config import BeamConfig, encoder_frames
+from ..models.conformer.ctc import CTCHead
 from ..models.conformer.model import ConformerASR
+from ..models.conformer.transducer import Transducer
 from ..models.streaming import Specs, State, StreamingModel, TensorSpec
 from .captions import Vocabulary
 
@@ -30,23 +33,32 @@ FRAME_SECONDS = FRAME_SAMPLES / SAMPLE_RATE
 
 
 class Recognizer(StreamingModel):
-    """Log-mel, encoder and a greedy decoder over slots.
+    """Log-mel, encoder and a decoder over slots.
 
-    decoder: "rnnt" or "ctc"; by default the checkpoint's transducer where it has one.
+    decoder: "rnnt" or "ctc", both greedy, or "beam", the transducer's search with the checkpoint's language model where
+    it has one; by default what the checkpoint was made for, and of those the first that it has.
     Raises ValueError where the checkpoint lacks the decoder asked for.
     """
 
     def __init__(self, asr: ConformerASR, decoder: str | None = None) -> None:
         super().__init__()
-        heads = {"rnnt": asr.transducer, "ctc": asr.ctc}
-        name = decoder or ("rnnt" if asr.transducer is not None else "ctc")
-        head = heads.get(name)
-        if head is None:
-            have = ", ".join(key for key, value in heads.items() if value is not None)
+        made = {"rnnt": asr.transducer is not None, "ctc": asr.ctc is not None, "beam": asr.transducer is not None}
+        name = decoder or ("beam" if asr.config.beam else "rnnt" if asr.transducer else "ctc")
+        if not made.get(name):
+            have = ", ".join(key for key, there in made.items() if there)
             raise ValueError(f"this checkpoint has no {name!r} decoder; it has: {have}")
         self.asr = asr
-        self.head = head
+        head = self._beam(asr) if name == "beam" else asr.ctc if name == "ctc" else asr.transducer
+        assert head is not None
+        self.head: BeamSearch | CTCHead | Transducer = head
         self.mel = LogMel(MelConfig.from_nemo(asr.mel)).to(next(asr.parameters()).device)
+
+    @staticmethod
+    def _beam(asr: ConformerASR) -> BeamSearch:
+        assert asr.transducer is not None
+        return BeamSearch(
+            asr.transducer, asr.config.beam or BeamConfig(), asr.language_model, asr.config.encoder.longest
+        )  # fmt: skip
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -83,6 +95,8 @@ class Recognizer(StreamingModel):
 
     def prepare(self) -> None:
         self.asr.prepare()
+        if isinstance(self.head, BeamSearch):
+            self.head.prepare()
 
     def state_spec(self) -> Specs:
         parts = (self.mel.state_spec(), self.asr.encoder.state_spec(), self.head.state_spec())
@@ -105,14 +119,20 @@ class Recognizer(StreamingModel):
         with a language prompt ``language [B]``.
 
         Returns ``tokens [B, N]`` (-1 padded), ``times [B, N]`` (frame in the chunk), ``count [B]``, ``frames [B]``
-        (encoder frames that exist: fewer than R + 1 only at an utterance's end).
+        (encoder frames that exist: fewer than R + 1 only at an utterance's end); of beam search also what is not final,
+        see :meth:`~antiphon.models.conformer.beam.BeamSearch.decode`.
         """
         mel, mel_end = self.mel.step(inputs["pcm"], inputs["end"], state, slots, active)
         frames, valid = self.asr.encoder.step(mel.to(self.asr.dtype), mel_end, state, slots, active)
         if self.asr.prompt is not None:
             frames = self.asr.prompt(frames, inputs["language"])
-        tokens, times, count = self.head.decode(frames, valid, state, slots, active)
-        return {"tokens": tokens, "times": times, "count": count, "frames": valid.sum(1)}
+        if isinstance(self.head, BeamSearch):
+            ended = inputs["end"] < UNKNOWN
+            found = self.head.decode(frames, valid, ended, state, slots, active)
+        else:
+            tokens, times, count = self.head.decode(frames, valid, state, slots, active)
+            found = {"tokens": tokens, "times": times, "count": count}
+        return {**found, "frames": valid.sum(1)}
 
 
 def _lookahead(variant: Hashable) -> int:

@@ -64,13 +64,18 @@ class Transcription:
 
     def take(self, outputs: Mapping[str, torch.Tensor], block: Block) -> Iterator[Caption]:
         """The captions that a step's outputs change."""
-        count = int(outputs["count"])
-        before = self._frames
-        times = [before + time for time in outputs["times"][:count].tolist()]
-        tokens = outputs["tokens"][:count].tolist()
+        tokens, open_tokens = self._tokens(outputs, ""), self._tokens(outputs, "open_")
         self._frames += int(outputs["frames"])
         at = (self._begin + block.heard) / SAMPLE_RATE
-        return self._captioner.add(zip(tokens, times, strict=True), self._frames, at)
+        return self._captioner.add(tokens, self._frames, at, open_tokens)
+
+    def _tokens(self, outputs: Mapping[str, torch.Tensor], kind: str) -> list[tuple[int, float]]:
+        """Tokens and the frames they were heard in, from the first sample; ``kind`` "open_": those not final."""
+        if kind + "count" not in outputs:
+            return []
+        count = int(outputs[kind + "count"])
+        times = [self._frames + time for time in outputs[kind + "times"][:count].tolist()]
+        return list(zip(outputs[kind + "tokens"][:count].tolist(), times, strict=True))
 
     def finish(self) -> Iterator[Caption]:
         """The last caption, after the outputs of ``flush`` were taken."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files import CheckpointError, read_json, read_safetensors, reading
 from . import hf, hub, nemo
-from .config import ASRConfig, ConformerConfig, PromptConfig, TransducerConfig
+from .config import ASRConfig, BeamConfig, ConformerConfig, LanguageModelConfig, PromptConfig, TransducerConfig
 from .model import ConformerASR
 from .names import HF, from_layout, nemo_layout
 from .tokenizer import Source, Tokenizer
@@ -93,13 +93,16 @@ def config_from(settings: Mapping[str, Any]) -> ASRConfig:
     """From our ``config.json``. Raises TypeError or ValueError for settings that do not exist or do not fit."""
     known = {key: value for key, value in settings.items() if key != "format"}
     encoder = dict(known.pop("encoder"))
-    transducer, prompt = known.pop("transducer", None), known.pop("prompt", None)
-    return ASRConfig(
-        encoder=ConformerConfig(**encoder | {"lookaheads": tuple(encoder["lookaheads"])}),
-        transducer=None if transducer is None else TransducerConfig(**transducer),
-        prompt=None if prompt is None else PromptConfig(**prompt),
-        **known,
-    )
+    kinds: dict[str, type[Any]] = {
+        "transducer": TransducerConfig,
+        "prompt": PromptConfig,
+        "beam": BeamConfig,
+        "language_model": LanguageModelConfig,
+    }
+    for name, kind in kinds.items():
+        if known.get(name) is not None:
+            known[name] = kind(**known[name])
+    return ASRConfig(ConformerConfig(**encoder | {"lookaheads": tuple(encoder["lookaheads"])}), **known)
 
 
 def save(

@@ -90,6 +90,47 @@ class TransducerConfig:
 
 
 @dataclass(frozen=True)
+class LanguageModelConfig:
+    """A language model over the recogniser's pieces."""
+
+    embedding: int = 320
+    width: int = 640
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class BeamConfig:
+    """Beam search of a transducer.
+
+    width: transcripts kept. symbols: most labels of a frame. settle: frames after which a label of the best transcript
+    is final. prune: a transcript this much less likely (log) than the best is not extended.
+    language_model: weight of its log probability. internal: weight of the transducer's own, which is taken off
+    (arXiv 2011.01991). bonus: added for each label.
+    """
+
+    width: int = 4
+    symbols: int = 2
+    settle: int = 6
+    prune: float = 6.0
+    language_model: float = 0.0
+    internal: float = 0.0
+    bonus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "symbols", "settle"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a beam search must be at least 1, got {getattr(self, name)}")
+        for name in ("prune", "language_model", "internal"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} of a beam search must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class PromptConfig:
     """A choice of language, one-hot beside every encoder frame. ``languages``: name -> index below ``count``."""
 
@@ -108,18 +149,27 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class ASRConfig:
-    """A whole recogniser. ``mel`` holds the features' settings under NeMo's names (its ``preprocessor`` section)."""
+    """A whole recogniser. ``mel`` holds the features' settings under NeMo's names (its ``preprocessor`` section).
+
+    beam: how its makers meant it to be searched; None for greedy decoding.
+    """
 
     encoder: ConformerConfig
     vocabulary: int
     transducer: TransducerConfig | None = None
     ctc: bool = False
     prompt: PromptConfig | None = None
+    beam: BeamConfig | None = None
+    language_model: LanguageModelConfig | None = None
     mel: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.transducer is None and not self.ctc:
             raise ValueError("a recogniser needs a transducer or a CTC head")
+        if self.beam is not None and self.transducer is None:
+            raise ValueError("beam search needs a transducer")
+        if self.language_model is not None and self.beam is None:
+            raise ValueError("a language model is used by beam search alone: give its settings")
         if self.transducer is not None:
             if self.transducer.vocabulary != self.vocabulary:
                 raise ValueError(f"transducer of {self.transducer.vocabulary} labels, tokenizer of {self.vocabulary}")

@@ -15,6 +15,7 @@ from ..layers.packing import pack
 from .config import ASRConfig, PromptConfig
 from .ctc import CTCHead
 from .encoder import ConformerEncoder
+from .language_model import LanguageModel
 from .tokenizer import Tokenizer
 from .transducer import Transducer
 
@@ -63,6 +64,8 @@ class ConformerASR(nn.Module):
         self.transducer = None if config.transducer is None else Transducer(config.transducer)
         self.ctc = CTCHead(config.encoder.width, config.vocabulary) if config.ctc else None
         self.prompt = None if config.prompt is None else LanguagePrompt(config.prompt, config.encoder.width)
+        language_model = config.language_model
+        self.language_model = None if language_model is None else LanguageModel(language_model, config.vocabulary)
 
     @property
     def lookaheads(self) -> tuple[int, ...]:
@@ -83,8 +86,9 @@ class ConformerASR(nn.Module):
         """Make everything ready to stream: see :meth:`ConformerEncoder.prepare`."""
         self.eval()
         self.encoder.prepare()
-        if self.transducer is not None:
-            self.transducer.prepare()
+        for decoder in (self.transducer, self.language_model):
+            if decoder is not None:
+                decoder.prepare()
         for part in (self.ctc, self.prompt):
             if part is not None:
                 pack(part)

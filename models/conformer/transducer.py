@@ -59,11 +59,11 @@ class Transducer(nn.Module):
         weight = self.embedding.weight
         memory = weight.new_zeros(1, 2, self.config.layers, self.config.width)
         label = torch.full((1,), self.blank, dtype=torch.int64, device=weight.device)
-        memory, predicted = self._advance(label, memory)
+        memory, predicted = self.advance(label, memory)
         self.start = torch.cat((memory.flatten(1), predicted), 1)
         return self
 
-    def _advance(self, label: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, label: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """label ``[B]``, memory (h and c) ``[B, 2, layers, width]`` -> memory after it, prediction ``[B, J]``."""
         hidden, memory = self.lstm.step(self.embedding(label), memory)
         return memory, self.from_prediction(hidden)
@@ -133,7 +133,7 @@ class Transducer(nn.Module):
             symbols = torch.where(leave, zero, symbols)
             if may_stop and not emit.any():
                 continue
-            new_memory, new_predicted = self._advance(label, memory)
+            new_memory, new_predicted = self.advance(label, memory)
             memory = torch.where(emit[:, None, None, None], new_memory, memory)
             predicted = torch.where(emit[:, None], new_predicted, predicted)
         target = torch.where(active, slots, state["transducer.started"].shape[0] - 1)

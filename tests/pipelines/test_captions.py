@@ -40,6 +40,21 @@ def test_words_grow_until_the_next_begins() -> None:
     ]
 
 
+def test_open_tokens_are_shown_until_they_change_or_are_final() -> None:
+    captioner = Captioner(Pieces(), endpoint=0.8)
+    steps = [([(THE, 2)], 3, [(CAT, 2)]), ([], 4, [(CAT, 2), (S, 3)]), ([], 5, [(CAT, 2), (S, 3)]), ([(CAT, 2)], 6, [])]
+    captions = [one for tokens, frames, shown in steps for one in captioner.add(tokens, frames, 0.08 * frames, shown)]
+    assert [caption.text for caption in captions] == ["the cat", "the cats", "the cat"]
+    assert [(word.start, word.end) for word in captions[1].words] == [(0.16, 0.24), (0.16, 0.32)]
+    assert [caption.text for caption in captioner.finish(0.5)] == ["the cat"]
+
+
+def test_a_caption_does_not_end_while_a_token_is_open() -> None:
+    captioner = Captioner(Pieces(), endpoint=0.8)
+    assert [type(one) for one in captioner.add([(THE, 2)], 20, 1.6, [(CAT, 19)])] == [Partial]
+    assert [one.text for one in captioner.add([(CAT, 19)], 30, 2.4)] == ["the", "cat"]
+
+
 def test_a_step_without_tokens_says_nothing() -> None:
     captioner = Captioner(Pieces())
     assert feed(captioner, ([], 4), ([(THE, 4)], 5), ([], 6))[1:] == []
