@@ -57,6 +57,16 @@ class Item:
     source: str = ""
 
 
+def inlets(graph: Graph) -> dict[str, str]:
+    """What a served graph takes, ``audio``, ``video`` or ``control``, and the inlet that takes it."""
+    names = [graph.names[node] for node in graph.nodes if isinstance(node, Inlet)]
+    found = {name: name for name in names if name in ("audio", "video", "control")}
+    others = [name for name in names if name not in found]
+    if "audio" not in found and len(others) == 1:
+        found["audio"] = others[0]
+    return found
+
+
 class Call:
     """A served session; ``Service.connect`` makes one.
 
@@ -73,11 +83,7 @@ class Call:
         self.rate: int | None = None  # of the sound coming in; the first chunk sets it
         self.ended = False  # nothing more will come out
         self.resumable = False  # its client has been given what it needs to come back
-        inlets = [graph.names[node] for node in graph.nodes if isinstance(node, Inlet)]
-        others = [name for name in inlets if name not in ("audio", "video", "control")]
-        self._inlets = {name: name for name in inlets if name not in others}
-        if "audio" not in inlets and len(others) == 1:
-            self._inlets["audio"] = others[0]
+        self._inlets = inlets(graph)
         self._items: deque[Item] = deque(maxlen=KEPT_ITEMS)
         self._last = 0  # number of the newest item
         self._read = 0  # number of the item that the reader took last

@@ -25,6 +25,8 @@ from .tokens import Signer
 
 _log = logging.getLogger(__name__)
 
+STARTING_SECONDS = 5.0  # for a client to wait before it tries again
+
 GraphMaker = Callable[[Mapping[str, Any]], Graph]
 
 
@@ -40,6 +42,14 @@ class Full(CallError):
         self.wait = wait
 
 
+class Starting(Full):
+    """The service is not ready yet."""
+
+    def __init__(self, reason: str, wait: float) -> None:
+        CallError.__init__(self, f"not ready: {reason}; try again in {wait:.0f} s")
+        self.wait = wait
+
+
 class NoSuchCall(CallError):
     """The call to resume is kept no longer."""
 
@@ -51,6 +61,9 @@ class Service:
     whichever the graph knows). keep: seconds that a call outlives its connection, and its last items its end: a client
     with a token that did not get them comes back for them. max_calls: running and kept ones, and as many that have
     ended. max_seconds: of sound in one call. name: what is served, said to clients honestly.
+
+    starting: what is being done before calls can be made, empty once they can; whoever sets it sets ``engine`` too.
+    native: the language that the model hears without being told (and is not told); None where it must be told.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class Service:
         max_seconds: float = 4 * 3600.0,
         keep: float = 30.0,
         signer: Signer | None = None,
+        starting: str = "",
+        native: str | None = "en",
     ) -> None:
         if max_calls < 1:
             raise ValueError(f"max_calls={max_calls}: a service has room for at least 1")
@@ -72,6 +87,7 @@ class Service:
         self.calls: dict[str, Call] = {}
         self.counts: Counter[str] = Counter()  # opened, refused, kept, resumed, expired, ended, failed
         self.closing = False
+        self.starting, self.native = starting, native
         self._ended: dict[str, Call] = {}  # kept for their items: nothing of them runs
         self._expiry: dict[str, asyncio.TimerHandle] = {}
         self._holders: Counter[str] = Counter()  # connections of each call; more than one while one takes over
@@ -121,6 +137,9 @@ class Service:
     async def _open(self, options: Mapping[str, Any]) -> Call:
         if self.closing:
             raise Full("the server is shutting down", self.keep)
+        if self.starting:
+            self.counts["refused"] += 1
+            raise Starting(self.starting, STARTING_SECONDS)
         if sum(not call.ended for call in self.calls.values()) >= self.max_calls:
             self.counts["refused"] += 1
             raise Full(f"{self.max_calls} calls are running", self.keep)

@@ -7,6 +7,7 @@ import ipaddress
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from ...transport.guard import Rules
 from ...transport.service import GraphMaker, Service
 from ...transport.tokens import Signer
 from ..serve.app import PAGE, create_app
-from ..serve.server import configure
+from ..serve.server import apart, configure
 from .console import CommandError, stderr
 from .transcribe import check_device
 
 SECRET = "ANTIPHON_SECRET"
+INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
 def run(
@@ -52,29 +54,53 @@ def run(
     """See ``antiphon serve --help``. Raises CommandError."""
     check_device(device)
     rules = _rules(host, tls_cert, tls_key, insecure, origins)
-    made = _graph(graph)
+    service = Service(
+        _graph(graph),
+        None,
+        name=Path(graph).stem,
+        max_calls=max_sessions,
+        signer=rules.signer,
+        starting="loading and warming the models",
+    )
+    info: dict[str, Any] = {}
+    failures: list[Exception] = []
     console = stderr()
-    try:
-        with console.status("Loading and warming the models"):
-            engine, info = _engine(model, device, lookaheads, max_sessions)
-    except (CheckpointError, ImportError, ValueError) as error:
-        raise CommandError(str(error)) from error
-    service = Service(made, engine, name=Path(graph).stem, max_calls=max_sessions, signer=rules.signer)
-    app = create_app(service, rules, info=info, beside=_wyoming(service, host, wyoming_port))
-    config = configure(app, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key)
     scheme = "https" if tls_cert else "http"
     shown = f"[{host}]" if ":" in host else host
-    console.print(f"{service.name}: {scheme}://{shown}:{port}  (Ctrl-C ends it)")
-    if rules.secret is not None:
-        console.print("Clients need a token: antiphon token", style="dim")
-    gc.collect()
-    gc.freeze()  # what lives as long as the server need not be looked at again
+
+    async def start() -> None:
+        try:
+            with console.status("Loading and warming the models"):
+                load = partial(_engine, model, device, lookaheads, max_sessions)
+                service.engine, service.native, found = await apart(load)
+        except (CheckpointError, ImportError, ValueError) as error:
+            failures.append(error)
+            server.should_exit = True
+            return
+        info.update(found)
+        gc.collect()
+        gc.freeze()  # what lives as long as the server need not be looked at again
+        service.starting = ""
+        console.print(f"{service.name}: {scheme}://{shown}:{port}  (Ctrl-C ends it)")
+        if rules.secret is not None:
+            console.print("Clients need a token: antiphon token", style="dim")
+
+    app = create_app(service, rules, info=info, start=start, beside=_wyoming(service, host, wyoming_port))
+    server = uvicorn.Server(configure(app, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key))
     try:
-        uvicorn.Server(config).run()
+        listener = server.config.bind_socket()
     except SystemExit as error:
         raise CommandError(f"cannot listen on {host}:{port}: it is taken or not allowed; choose --port") from error
+    try:
+        server.run([listener])
     finally:
-        engine.close()
+        listener.close()
+        if service.engine is not None:
+            service.engine.close()
+        elif not failures:  # interrupted while the models load, which nothing can stop but the end of the process
+            os._exit(INTERRUPTED)
+    if failures:
+        raise CommandError(str(failures[0])) from failures[0]
 
 
 def token(seconds: float) -> None:
@@ -141,7 +167,8 @@ def _graph(name: str) -> GraphMaker:
 
 def _engine(
     model: str | None, device: str | None, lookaheads: Sequence[float] | None, slots: int
-) -> tuple[Engine | Engines, dict[str, Any]]:
+) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
+    """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load(model, device=device)
     recognizer = Recognizer(checkpoint)
@@ -155,7 +182,8 @@ def _engine(
         "parameters": sum(weight.numel() for weight in checkpoint.parameters()),
         "device": torch.cuda.get_device_name(main.device) if main.device.type == "cuda" else "cpu",
     }
-    return (main if cpu is main else Engines(main, cpu)), info
+    native = None if checkpoint.prompt is not None else "en"
+    return (main if cpu is main else Engines(main, cpu)), native, info
 
 
 def _wyoming(service: Service, host: str, port: int | None) -> Callable[[], AbstractAsyncContextManager[None]] | None:

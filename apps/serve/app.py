@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from importlib.resources import files
@@ -18,8 +18,9 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
+from ...transport.call import inlets
 from ...transport.guard import Guard, Rules
-from ...transport.service import Service
+from ...transport.service import STARTING_SECONDS, Service
 
 PROTOCOLS = ("protocols.plain", "protocols.realtime", "protocols.deepgram", "protocols.twilio", "webrtc.routes")
 PAGE = ("/", "/info", "/graph.svg", "/style.css", "/favicon.ico")
@@ -51,24 +52,37 @@ def create_app(
     rules: Rules,
     *,
     info: dict[str, Any] | None = None,
+    start: Callable[[], Awaitable[None]] | None = None,
     beside: Callable[[], Any] | None = None,
 ) -> ASGIApp:
-    """The application. info: what ``/info`` says of the models. beside: an async context manager to run with it."""
+    """The application.
+
+    info: what ``/info`` says of the models; read at each request. start: makes the service ready, while requests are
+    answered already. beside: an async context manager to run with it.
+    """
     lag, began = LoopLag(), time.time()
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok\n")
 
     async def readyz(request: Request) -> Response:
-        if service.closing:
-            return PlainTextResponse("shutting down\n", 503)
+        if service.closing or service.starting:
+            reason = "shutting down" if service.closing else service.starting
+            return PlainTextResponse(f"{reason}\n", 503, {"retry-after": f"{STARTING_SECONDS:.0f}"})
         return PlainTextResponse("ready\n")
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(metrics_text(service, rules, lag), media_type="text/plain; version=0.0.4")
 
     async def about(request: Request) -> Response:
-        said = {"name": service.name, "calls": len(service.calls), "max_calls": service.max_calls, "since": began}
+        said = {
+            "name": service.name,
+            "takes": sorted(inlets(service.graph({}))),
+            "starting": service.starting,
+            "calls": len(service.calls),
+            "max_calls": service.max_calls,
+            "since": began,
+        }
         return JSONResponse({**(info or {}), **said})
 
     async def graph(request: Request) -> Response:
@@ -78,14 +92,18 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
-        watching = asyncio.create_task(lag.watch(), name="loop lag")
+        tasks = [asyncio.create_task(lag.watch(), name="loop lag")]
+        if start is not None:
+            tasks.append(asyncio.ensure_future(start()))
         try:
             async with AsyncExitStack() as stack:
                 if beside is not None:
                     await stack.enter_async_context(beside())
                 yield
         finally:
-            watching.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await service.close()
 
     routes: list[BaseRoute] = [
@@ -104,7 +122,8 @@ def create_app(
 
 def metrics_text(service: Service, rules: Rules, lag: LoopLag) -> str:
     """Prometheus text: the engine's numbers, then the service's."""
-    lines = ["# TYPE antiphon_calls gauge", f"antiphon_calls {len(service.calls)}"]
+    lines = ["# TYPE antiphon_ready gauge", f"antiphon_ready {int(not (service.closing or service.starting))}"]
+    lines += ["# TYPE antiphon_calls gauge", f"antiphon_calls {len(service.calls)}"]
     lines += ["# TYPE antiphon_calls_limit gauge", f"antiphon_calls_limit {service.max_calls}"]
     lines.append("# TYPE antiphon_calls_total counter")
     lines += [f'antiphon_calls_total{{outcome="{name}"}} {count}' for name, count in sorted(service.counts.items())]
@@ -118,4 +137,5 @@ def metrics_text(service: Service, rules: Rules, lag: LoopLag) -> str:
     lines.append(f"antiphon_edge_depth {sum(edge.depth for edge in stats)}")
     lines.append("# TYPE antiphon_loop_lag_seconds gauge")
     lines += [f'antiphon_loop_lag_seconds{{quantile="{share}"}} {lag.quantile(share):.6f}' for share in (0.5, 0.99)]
-    return f"{service.engine.metrics_text()}" + "\n".join(lines) + "\n"
+    engine = service.engine.metrics_text() if service.engine is not None else ""
+    return engine + "\n".join(lines) + "\n"

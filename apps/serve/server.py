@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+T = TypeVar("T")
 
 MESSAGE_BYTES = 256 * 1024  # of a websocket: 2.7 s of 48 kHz sound, base64
 HEADER_SECONDS = 10.0  # for a client to say what it wants
@@ -51,3 +56,18 @@ def configure(
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+async def apart(work: Callable[[], T]) -> T:
+    """What ``work`` returns or raises, from a thread of its own that the end of the process does not wait for."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        answer.set_running_or_notify_cancel()
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - the one who waits gets it
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(answer)

@@ -102,6 +102,8 @@ def test_routes(server: Serving) -> None:
         assert client.get("/info").json() | {"since": 0} == {
             "model": "none",
             "name": "counter",
+            "takes": ["audio"],
+            "starting": "",
             "calls": 0,
             "max_calls": 2,
             "since": 0,
@@ -111,6 +113,58 @@ def test_routes(server: Serving) -> None:
         assert "<html" in page.text
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert client.get("/metrics").text.count("antiphon_calls 0") == 1
+
+
+def test_while_models_load_it_says_so_and_refuses_calls() -> None:
+    """The engine comes from another thread, as late as the test wants."""
+    loaded = threading.Event()
+    service = Service(
+        lambda options: Inlet().named("audio") >> counter(), None, name="slow", starting="loading the models"
+    )
+    info: dict[str, Any] = {}
+
+    async def start() -> None:
+        await asyncio.to_thread(loaded.wait)
+        service.engine, service.starting = NoEngine(), ""
+        info["model"] = "here"
+
+    async def main() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        app = create_app(service, Rules(rate=1000, burst=1000), info=info, start=start)
+        running = uvicorn.Server(configure(app, host="127.0.0.1", port=0))
+        task = asyncio.create_task(running.serve([listener]))
+        served = Serving(listener.getsockname()[1], service, Rules())
+        try:
+            async with httpx.AsyncClient(base_url=served.url(""), trust_env=False) as client, asyncio.timeout(20):
+                while not running.started:
+                    await asyncio.sleep(0.01)
+                assert (await client.get("/healthz")).status_code == 200
+                waiting = await client.get("/readyz")
+                assert (waiting.status_code, waiting.text) == (503, "loading the models\n")
+                assert waiting.headers["retry-after"] == "5"
+                said = (await client.get("/info")).json()
+                assert (said["starting"], "model" in said) == ("loading the models", False)
+                assert "antiphon_ready 0" in (await client.get("/metrics")).text
+                assert (await client.get("/graph.svg")).text.startswith("<svg")
+                refused = await client.post("/rtc/offer", json={"sdp": "v=0"})
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+                assert "loading the models" in refused.json()["error"]["message"]
+                async with websockets.connect(served.url("/v1/stream", "ws")) as early:
+                    assert "not ready: loading the models" in json.loads(await early.recv())["message"]
+                    await early.wait_closed()
+                    assert early.close_code == 1013
+                loaded.set()
+                while (await client.get("/readyz")).status_code != 200:
+                    await asyncio.sleep(0.01)
+                assert "antiphon_ready 1" in (await client.get("/metrics")).text
+                assert (await client.get("/info")).json()["model"] == "here"
+                assert await counted(served, 2) == ["1", "2"]
+        finally:
+            loaded.set()
+            running.should_exit = True
+            await task
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

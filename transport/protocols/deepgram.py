@@ -47,13 +47,13 @@ DECODERS: dict[str, Callable[[bytes], Samples]] = {
 }
 
 
-def routes(service: Service, *, native: str | None = "en") -> list[BaseRoute]:
-    """``/v1/listen``. native: the language that the model hears without being told; None where it must be told."""
+def routes(service: Service) -> list[BaseRoute]:
+    """``/v1/listen``."""
 
     async def listen(websocket: WebSocket) -> None:
         socket = Socket(websocket)
         try:
-            settings = Settings.of(websocket.query_params, native)
+            settings = Settings.of(websocket.query_params, service.native)
         except ValueError as error:
             await _deny(websocket, 400, error)
             return

@@ -36,11 +36,8 @@ class BadMessage(ValueError):
     """Not what Twilio sends."""
 
 
-def routes(service: Service, *, native: str | None = "en") -> list[BaseRoute]:
-    """``/twilio/media``. Custom parameters of the stream are the call's options: language, lookahead_ms, endpoint_ms.
-
-    native: the language that the model hears without being told; None where it must be told.
-    """
+def routes(service: Service) -> list[BaseRoute]:
+    """``/twilio/media``. A stream's custom parameters are its call's options: language, lookahead_ms, endpoint_ms."""
 
     async def media(websocket: WebSocket) -> None:
         socket = Socket(websocket)
@@ -49,7 +46,7 @@ def routes(service: Service, *, native: str | None = "en") -> list[BaseRoute]:
             async with asyncio.timeout(START_SECONDS):
                 start = await _started(socket)
             if start is not None:
-                await _converse(service, socket, start, native)
+                await _converse(service, socket, start)
             await socket.close()
         except ConnectionLost:
             return
@@ -92,11 +89,12 @@ async def _started(socket: Socket) -> dict[str, Any] | None:
     return None
 
 
-async def _converse(service: Service, socket: Socket, start: Mapping[str, Any], native: str | None) -> None:
+async def _converse(service: Service, socket: Socket, start: Mapping[str, Any]) -> None:
     given = start.get("customParameters") or {}
     if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
         raise BadMessage("customParameters is an object of texts")
-    options = {name: given[name] for name in OPTIONS if name in given} | foreign(given.get("language"), native)
+    options = {name: given[name] for name in OPTIONS if name in given}
+    options |= foreign(given.get("language"), service.native)
     async with service.connect(options) as call:
         try:
             player = _Player(socket, call, start["streamSid"])

@@ -22,6 +22,7 @@ DATA_BYTES = 1 << 16
 PAYLOAD_BYTES = 1 << 19
 IDLE_SECONDS = 300.0  # between a client's events
 SEND_SECONDS = 2.0
+CONNECTIONS = 64  # at a time: most of them only wait for something to be said
 
 
 class BadEvent(ValueError):
@@ -38,20 +39,27 @@ class WyomingEvent:
 
 
 async def serve(
-    service: Service, host: str = "127.0.0.1", port: int = 10300, *, native: str | None = "en"
+    service: Service, host: str = "127.0.0.1", port: int = 10300, *, most: int = CONNECTIONS
 ) -> asyncio.Server:
     """A listening server; close it to stop. Raises OSError where the port is taken.
 
-    native: the language that the model hears without being told; None where it must be told.
+    most: connections at a time; another one is told so by an ``error`` and closed.
     """
+    open_ones = 0
 
     async def serve_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = _Connection(service, reader, writer, native)
+        nonlocal open_ones
+        connection = _Connection(service, reader, writer)
+        open_ones += 1
         try:
-            await connection.serve()
+            if open_ones > most:
+                await connection.refuse(f"{most} connections are open, which is the most: try again later")
+            else:
+                await connection.serve()
         except (OSError, EOFError, TimeoutError):
             return  # the client is gone
         finally:
+            open_ones -= 1
             writer.close()
 
     return await asyncio.start_server(serve_one, host, port, limit=LINE_BYTES)
@@ -60,10 +68,8 @@ async def serve(
 class _Connection:
     """One client."""
 
-    def __init__(
-        self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, native: str | None
-    ) -> None:
-        self._service, self._reader, self._writer, self._native = service, reader, writer, native
+    def __init__(self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._service, self._reader, self._writer = service, reader, writer
 
     async def serve(self) -> None:
         """Answer until the client closes, or sends what cannot be taken: then an ``error`` ends the connection."""
@@ -76,12 +82,17 @@ class _Connection:
                     await self._send("pong", {"text": event.data.get("text")})
                 elif event.type == "transcribe":
                     language = event.data.get("language")
-                    options = foreign(language if isinstance(language, str) else None, self._native)
+                    options = foreign(language if isinstance(language, str) else None, self._service.native)
                 elif event.type == "audio-start":
                     await self._transcribe(event, options)
         except TOLD as error:
             code, message, _ = refusal(error)
             await self._send("error", {"text": message, "code": code})
+
+    async def refuse(self, reason: str) -> None:
+        """Say why the client is not served."""
+        self._service.counts["refused"] += 1
+        await self._send("error", {"text": reason, "code": "full"})
 
     async def _transcribe(self, start: WyomingEvent, options: dict[str, Any]) -> None:
         rate = _rate(start)
@@ -132,7 +143,7 @@ class _Connection:
             "description": "Streaming speech recognition",
             "version": None,
         }
-        languages = [self._native] if self._native else []
+        languages = [self._service.native] if self._service.native else []
         program = {
             **artifact,
             "name": "antiphon",

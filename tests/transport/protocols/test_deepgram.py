@@ -204,6 +204,20 @@ def test_what_is_not_served_is_refused_at_the_handshake(engine: Engine, query: d
     asyncio.run(run())
 
 
+def test_a_model_of_many_languages_is_told_each(engine: Engine) -> None:
+    """This one knows none, and says so when it is told one."""
+
+    async def run() -> None:
+        service = Service(graph, engine, native=None)
+        async with serving(routes(service)) as host:
+            with pytest.raises(InvalidStatus) as status:
+                await connect(f"ws://{host}/v1/listen?encoding=linear16&sample_rate=16000&language=en")
+            assert "no choice of language, got 'en'" in status.value.response.headers["dg-error"]
+        await service.close()
+
+    asyncio.run(run())
+
+
 def test_a_full_service_and_a_bad_message(engine: Engine) -> None:
     async def run() -> None:
         service = Service(graph, engine, max_calls=1)

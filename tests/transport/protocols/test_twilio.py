@@ -220,6 +220,21 @@ def test_what_twilio_does_not_send_is_refused(messages: list[str], code: int, sa
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("native", "code"), [("en", 1000), (None, 1008)])
+def test_a_model_of_many_languages_is_told_each(native: str | None, code: int) -> None:
+    async def run() -> None:
+        service = Service(replying, None, native=native)
+        async with serving(routes(service)) as host, connect(f"ws://{host}/twilio/media") as ws:
+            await ws.send(start(customParameters={"language": "en-US"}))
+            await ws.send(json.dumps({"event": "stop", "stop": {"accountSid": "AC", "callSid": "CA"}}))
+            async with asyncio.timeout(10):
+                await ws.wait_closed()
+            assert ws.close_code == code
+        await service.close()
+
+    asyncio.run(run())
+
+
 def test_a_simulated_telephone_call_finds_no_violation() -> None:
     async def run() -> None:
         service = Service(replying, None)

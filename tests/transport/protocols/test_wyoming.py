@@ -18,7 +18,7 @@ from wyoming.info import Describe, Info
 from wyoming.ping import Ping, Pong
 
 from antiphon.pipelines.engine import Engine
-from antiphon.transport.protocols.wyoming import DATA_BYTES, LINE_BYTES, PAYLOAD_BYTES, serve
+from antiphon.transport.protocols.wyoming import CONNECTIONS, DATA_BYTES, LINE_BYTES, PAYLOAD_BYTES, serve
 from antiphon.transport.service import Service
 
 from .serving import clip, recognising, transcribing
@@ -31,11 +31,13 @@ def engine() -> Iterator[Engine]:
 
 
 @asynccontextmanager
-async def talking(engine: Engine, **options: Any) -> AsyncIterator[tuple[AsyncTcpClient, Service, int]]:
+async def talking(
+    engine: Engine, most: int = CONNECTIONS, **options: Any
+) -> AsyncIterator[tuple[AsyncTcpClient, Service, int]]:
     service = Service(
         lambda given: transcribing(language=given.get("language")), engine, name="embedded-en", **options
     )  # fmt: skip
-    server = await serve(service, port=0)
+    server = await serve(service, port=0, most=most)
     port = server.sockets[0].getsockname()[1]
     client = AsyncTcpClient("127.0.0.1", port, connect_timeout=5, read_timeout=20)
     try:
@@ -150,6 +152,47 @@ def test_a_full_service_says_so(engine: Engine) -> None:
                 event = await second.read_event()
                 assert event is not None
                 assert Error.from_event(event).code == "full"
+
+    asyncio.run(run())
+
+
+def test_a_model_of_many_languages_is_told_each(engine: Engine) -> None:
+    """This one knows none, and says so when it is told one."""
+
+    async def run() -> None:
+        async with talking(engine, native=None) as (client, _, _):
+            await client.write_event(Describe().event())
+            event = await client.read_event()
+            assert event is not None
+            assert Info.from_event(event).asr[0].models[0].languages == []
+            await client.write_event(Transcribe(language="en").event())
+            await client.write_event(AudioStart(rate=16000, width=2, channels=1).event())
+            event = await client.read_event()
+            assert event is not None
+            assert "no choice of language, got 'en'" in Error.from_event(event).text
+
+    asyncio.run(run())
+
+
+def test_no_more_connections_than_allowed_are_open_at_a_time(engine: Engine) -> None:
+    async def run() -> None:
+        async with talking(engine, most=2) as (first, service, port):
+            async with AsyncTcpClient("127.0.0.1", port, read_timeout=20) as second:
+                for client in (first, second):
+                    await client.write_event(Ping().event())
+                    assert await client.read_event() is not None
+                async with AsyncTcpClient("127.0.0.1", port, read_timeout=20) as third:
+                    event = await third.read_event()
+                    assert event is not None
+                    assert Error.from_event(event).code == "full"
+                    assert await third.read_event() is None
+                assert service.counts["refused"] == 1
+            async with asyncio.timeout(10):
+                answer = None
+                while answer is None or not Pong.is_type(answer.type):  # once the second has left, there is room
+                    async with AsyncTcpClient("127.0.0.1", port, read_timeout=20) as another:
+                        await another.write_event(Ping().event())
+                        answer = await another.read_event()
 
     asyncio.run(run())
 
