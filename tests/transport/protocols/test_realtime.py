@@ -283,6 +283,10 @@ def test_a_truncation_says_exactly_what_was_heard_whatever_was_estimated() -> No
         later = second[-1]["response"]["output"][0]["id"]
         await talk.client("conversation.item.truncate", item_id=id, content_index=0, audio_end_ms=2)
         assert heard() == (0, 6.5)  # the later reply was played all the same
+        await talk.client("conversation.item.truncate", item_id=later, content_index=0, audio_end_ms=750)
+        await asyncio.sleep(9.0)
+        await talk.client("input_audio_buffer.append", audio=pcm(0.1))
+        assert heard() == (0, 6.25)
         talk.call.epoch = 1
         await talk.event("interrupted", epoch=1)
         await talk.client("conversation.item.truncate", item_id=later, content_index=0, audio_end_ms=250)

@@ -130,7 +130,7 @@ def test_a_commit_brings_the_transcript_and_the_reply_without_more_sound(engine:
             done = await until(connection, "response.done", seen)
             assert done.response.status == "completed"
             assert not any(event.type == "response.output_audio.delta" for event in seen)
-            for seconds, words in ((2.0001, 3), (0.1501, 0)):  # no whole number of samples at 16 kHz
+            for seconds, words in ((2.0001, 3), (0.15004, 0)):  # in all 34402.67 samples at 16 kHz
                 seen.clear()
                 if words:
                     await speak(connection, seconds, 0.0)
