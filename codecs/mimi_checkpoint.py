@@ -25,7 +25,7 @@ from .mimi import Mimi
 from .mimi_config import MimiConfig
 from .mimi_names import common, from_layout, layout_of
 
-__all__ = ["CheckpointError", "load", "resolve", "save"]
+__all__ = ["CheckpointError", "build", "load", "resolve", "save"]
 
 DEFAULT = "kyutai/mimi"
 FORMAT = "antiphon-mimi-1"
@@ -77,14 +77,25 @@ def load(
     path = resolve(name)
     config, weights = _read(path)
     with reading(path):
-        config = dataclasses.replace(config, steps=tuple(steps))
-        mimi = _empty(config)
-        layout = layout_of(weights)
-        if layout is not None:
-            shapes = {key: value.shape for key, value in mimi.state_dict().items()}
-            weights = from_layout(weights, config, shapes, layout)
+        return build(dataclasses.replace(config, steps=tuple(steps)), weights).to(device=device, dtype=dtype)
+
+
+def build(config: MimiConfig, weights: Mapping[str, Tensor]) -> Mimi:
+    """A codec with these weights, under our names, transformers' or Kyutai's.
+
+    Raises ValueError naming weights that are missing, left over or of another shape than configured.
+    """
+    with torch.device("meta"):
+        mimi = Mimi(config)
+    layout = layout_of(weights)
+    if layout is not None:
+        shapes = {key: value.shape for key, value in mimi.state_dict().items()}
+        weights = from_layout(weights, config, shapes, layout)
+    try:
         mimi.load_state_dict(weights, assign=True)
-    return mimi.to(device=device, dtype=dtype).eval()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return mimi.eval()
 
 
 def save(folder: Path, mimi: Mimi, card: str | None = None) -> None:
@@ -121,12 +132,6 @@ def resolve(name: str | PathLike[str]) -> Path:
     if folder is not None and (any(folder.glob(KYUTAI_FILE)) or (folder / "model.safetensors").is_file()):
         return folder
     return hub.fetch(name, choose, unknown=f"; the published codec is {DEFAULT}")
-
-
-def _empty(config: MimiConfig) -> Mimi:
-    """The networks without memory for their weights."""
-    with torch.device("meta"):
-        return Mimi(config)
 
 
 def _read(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:

@@ -109,6 +109,28 @@ def test_streaming_is_offline_when_packed(mimi, codes, frames):
 
 
 @torch.no_grad()
+def test_the_published_window_over_half_a_minute():
+    """The window's 250 steps are 10 s at 12.5 frames a second."""
+    config = MimiConfig(channels=2, ratios=(2, 2), width=16, layers=2, heads=2, feedforward=16, codebooks=4, bins=64)
+    mimi = made(dataclasses.replace(config, code_width=8, steps=(5,))).double()
+    pcm = torch.randn(1, 400 * mimi.config.frame, dtype=torch.float64)
+    codes = mimi.encode(pcm)
+    assert torch.equal(streamed(MimiEncoder(mimi, 4), pcm, [5 * mimi.config.frame] * 80), codes)
+    said = streamed(MimiDecoder(mimi, 4), codes, [5] * 80)
+    assert (said - mimi.decode(codes)).abs().max() < 1e-6
+
+
+def test_gradients_reach_every_weight():
+    mimi = made()
+    latents = mimi.encoder(sound(), Whole())
+    mimi.decoder(
+        mimi.quantizer.semantic.back(mimi.quantizer.semantic.into(latents)), Whole()
+    ).square().mean().backward()
+    trained = [name for name, weight in mimi.named_parameters() if weight.grad is not None and weight.grad.any()]
+    assert {name for name, _ in mimi.named_parameters() if "acoustic" not in name} == set(trained)
+
+
+@torch.no_grad()
 def test_more_codebooks_begin_with_fewer(mimi, codes):
     for count in (1, 2, 5):
         assert torch.equal(mimi.encode(sound(), count), codes[:, :count])
@@ -142,17 +164,17 @@ def test_a_partial_frame_is_filled_up_with_silence(mimi):
 
 def opened(mimi: Mimi, slots: int = SESSIONS) -> Engine:
     engine = Engine(inline=True)
-    engine.add("hear", MimiEncoder(mimi, 8), slots=slots)
-    engine.add("say", MimiDecoder(mimi, 8), slots=slots)
+    engine.add("hear", MimiEncoder(mimi, 8), slots=slots, variants=(1,))
+    engine.add("say", MimiDecoder(mimi, 8), slots=slots, variants=(1,))
     return engine
 
 
-def play(engine: Engine, sessions: list[int], frames: int = 1, seed: int = 0) -> dict[int, tuple]:
+def play(engine: Engine, sessions: list[int], seed: int = 0) -> dict[int, tuple]:
     """Sessions that hear and then say what they heard, at random times. Returns codes and sound of each."""
     chance = random.Random(seed)
-    hear = {session: engine.open_sync("hear", frames) for session in sessions}
-    say = {session: engine.open_sync("say", frames) for session in sessions}
-    parts = sound().split(CONFIG.frame * frames, 1)
+    hear = {session: engine.open_sync("hear") for session in sessions}
+    say = {session: engine.open_sync("say") for session in sessions}
+    parts = sound().split(CONFIG.frame, 1)
     heard = {session: [] for session in sessions}
     said = {session: [] for session in sessions}
     while any(len(made) < len(parts) for made in said.values()):
@@ -220,6 +242,20 @@ def test_inactive_rows_leave_no_trace(mimi):
             for row, moved in enumerate(active):
                 same = all(torch.equal(tensor[row], before[name][row]) for name, tensor in state.items())
                 assert same != moved
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(mimi, codes, together, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    try:
+        engine = Engine("cuda", inline=True)
+        for name, model in (("hear", MimiEncoder(mimi, 8)), ("say", MimiDecoder(mimi, 8))):
+            engine.add(name, model, slots=SESSIONS, variants=(1,))
+        with engine:
+            for session, (heard, _) in play(engine, list(range(SESSIONS))).items():
+                assert (heard == together[session][0]).float().mean() > 0.99
+    finally:
+        mimi.to("cpu")
 
 
 def test_published_sizes():
@@ -313,6 +349,32 @@ def test_damaged_files(kyutai, layout):
         (folder / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=match):
             load(folder)
+
+
+def test_the_published_configuration():
+    settings = {
+        "audio_channels": 1,
+        "codebook_dim": 256,
+        "codebook_size": 2048,
+        "frame_rate": 12.5,
+        "head_dim": 64,
+        "hidden_act": "gelu",
+        "hidden_size": 512,
+        "model_type": "mimi",
+        "norm_eps": 1e-05,
+        "num_key_value_heads": 8,
+        "num_quantizers": 32,
+        "pad_mode": "constant",
+        "rope_theta": 10000.0,
+        "sampling_rate": 24000,
+        "sliding_window": 250,
+        "trim_right_ratio": 1.0,
+        "upsample_groups": 512,
+        "upsampling_ratios": [8, 6, 5, 4],
+        "use_causal_conv": True,
+        "use_conv_shortcut": False,
+    }
+    assert config_from_hf(settings) == MimiConfig()
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from antiphon.codecs.mimi import Mimi, MimiConfig, MimiDecoder, MimiEncoder
-from antiphon.codecs.mimi_checkpoint import load
+from antiphon.codecs.mimi_checkpoint import config_from_hf, config_from_kyutai, config_from_shapes, load
 from antiphon.codecs.mimi_names import to_layout
+from antiphon.codecs.mimi_quantizer import Codebooks
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
-loaders = pytest.importorskip("moshi.models.loaders", reason="needs the moshi package: see CONTRIBUTING.md")
+loaders = pytest.importorskip("moshi.models.loaders", reason="needs moshi==0.2.13, installed with --no-deps")
 if not hasattr(transformers, "MimiModel"):
     pytest.skip("needs transformers with Mimi", allow_module_level=True)
 
@@ -70,30 +72,34 @@ def sound(rows: int = 2) -> torch.Tensor:
     return torch.randn(rows, FRAME * FRAMES, generator=torch.Generator().manual_seed(1)) * 0.3
 
 
+def transformers_model(folder: Path, **changes: object) -> torch.nn.Module:
+    """A tiny random model, saved to the folder."""
+    sizes = {
+        "hidden_size": 32,
+        "num_filters": 4,
+        "codebook_size": 64,
+        "codebook_dim": 8,
+        "vector_quantization_hidden_dimension": 8,
+        "num_quantizers": CODEBOOKS,
+        "upsample_groups": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "use_cache": True,
+    }
+    model = transformers.MimiModel(transformers.MimiConfig(**sizes | changes)).eval()
+    randomise(model, lambda: model.encoder(sound()[:, None]).latents)
+    model.save_pretrained(folder)
+    return model
+
+
 @pytest.fixture(scope="module", params=WINDOWS)
 def hf(request, tmp_path_factory):
     """Transformers' model and the folder it saved itself to."""
-    config = transformers.MimiConfig(
-        hidden_size=32,
-        num_filters=4,
-        codebook_size=64,
-        codebook_dim=8,
-        vector_quantization_hidden_dimension=8,
-        num_quantizers=CODEBOOKS,
-        upsample_groups=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=8,
-        sliding_window=request.param,
-        use_cache=True,
-    )
-    model = transformers.MimiModel(config).eval()
-    randomise(model, lambda: model.encoder(sound()[:, None]).latents)
     folder = tmp_path_factory.mktemp("hf")
-    model.save_pretrained(folder)
-    return model, folder
+    return transformers_model(folder, sliding_window=request.param), folder
 
 
 @pytest.fixture(scope="module", params=WINDOWS)
@@ -163,6 +169,27 @@ def test_fewer_codebooks(hf, codebooks):
     codes = theirs.encode(sound()[:, None], num_quantizers=codebooks).audio_codes
     assert torch.equal(ours.encode(sound(), codebooks), codes)
     assert (ours.decode(codes) - theirs.decode(codes).audio_values[:, 0]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_residual_layers": 2, "dilation_growth_rate": 3, "compress": 4, "residual_kernel_size": 5},
+        {"upsampling_ratios": [8, 12, 10], "kernel_size": 5, "last_kernel_size": 7},
+        {"num_semantic_quantizers": 3},
+    ],
+    ids=str,
+)
+def test_other_sizes(tmp_path, changes):
+    theirs = transformers_model(tmp_path, **changes)
+    ours = load(tmp_path)
+    codes = theirs.encode(sound()[:, None], num_quantizers=CODEBOOKS).audio_codes
+    assert torch.equal(ours.encode(sound()), codes)
+    assert (ours.decode(codes) - theirs.decode(codes).audio_values[:, 0]).abs().max() < TOLERANCE
+    encoder, decoder = ready(ours)
+    assert torch.equal(streamed(encoder, sound(), 1), codes)
+    assert (streamed(decoder, codes, 1) - ours.decode(codes)).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -269,8 +296,6 @@ def test_in_memory_names_load_too(hf, tmp_path):
 @torch.no_grad()
 def test_published_sizes():
     """The default configuration is transformers' and Kyutai's, and Kyutai's shapes say so by themselves."""
-    from antiphon.codecs.mimi_checkpoint import config_from_hf, config_from_kyutai, config_from_shapes
-
     assert config_from_hf({"model_type": "mimi"}) == MimiConfig()
     assert config_from_hf(transformers.MimiConfig().to_dict()) == MimiConfig()
     assert config_from_kyutai(loaders._mimi_config) == MimiConfig()
@@ -288,8 +313,6 @@ def test_published_sizes():
 
 def test_search_finds_what_cdist_finds():
     """In float64, for inputs of any distance from their codebooks."""
-    from antiphon.codecs.mimi_quantizer import Codebooks
-
     generator = torch.Generator().manual_seed(2)
     books = Codebooks(4, 512, 32).double()
     books.embedding.copy_(torch.randn(books.embedding.shape, generator=generator, dtype=torch.float64))
