@@ -129,15 +129,27 @@ def resolve(name: str | PathLike[str]) -> Path:
         raise CheckpointError(f"{name} on the hub holds neither a {KYUTAI_FILE} nor a config.json with safetensors")
 
     folder = hub.cached(name)
-    if folder is not None and (any(folder.glob(KYUTAI_FILE)) or (folder / "model.safetensors").is_file()):
+    if folder is not None and _complete(folder):
         return folder
     return hub.fetch(name, choose, unknown=f"; the published codec is {DEFAULT}")
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a copy from the hub has the codec: one beside a language model may lack it."""
+    if any(folder.glob(KYUTAI_FILE)):
+        return True
+    files = [folder / name for name in ("config.json", "model.safetensors")]
+    return all(file.is_file() for file in files) and _settings(folder).get("model_type") == "mimi"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def _read(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:
     """Configuration and weights, under whosever names."""
     folder = path if path.is_dir() else path.parent
-    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    settings = _settings(folder)
     ours = settings.get("format") == FORMAT
     if path.is_dir() and (ours or settings.get("model_type") == "mimi"):
         weights = read_safetensors(path)

@@ -431,6 +431,18 @@ def test_names_that_cannot_be_had(monkeypatch, tmp_path, name, match):
         load(name)
 
 
+def test_a_cached_checkpoint_needs_no_network(monkeypatch, kyutai):
+    folder, _, _ = kyutai
+    monkeypatch.setattr(hub, "HfApi", NoNetwork)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: str(folder))
+    assert load("kyutai/moshiko-pytorch-bf16").config == KYUTAI
+    # A copy of the language model alone is not enough.
+    (folder / "tokenizer-x.safetensors").rename(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "moshi"}')
+    with pytest.raises(CheckpointError, match="the hub cannot be reached"):
+        load("kyutai/moshiko-pytorch-bf16")
+
+
 def test_only_the_codecs_files_are_fetched(monkeypatch, kyutai):
     folder, _, _ = kyutai
     asked = {}
