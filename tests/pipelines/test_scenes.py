@@ -11,7 +11,7 @@ import pytest
 from antiphon.pipelines.chunk import Audio, Event, Video
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.stage import Inlet, StageError
-from antiphon.pipelines.stages.scenes import Change, Scenes, to_luma
+from antiphon.pipelines.stages.scenes import GRID, Change, Scenes, points, to_luma
 
 
 def pictures() -> list[np.ndarray]:
@@ -51,32 +51,41 @@ def test_luma_is_that_of_ffmpeg() -> None:
     assert np.abs(to_luma(rgb).astype(int) - gray).max() <= 2
 
 
-def test_a_cut_is_a_scene_and_steady_motion_is_none() -> None:
-    def moving(place: int, brightness: int) -> np.ndarray:
+def test_a_cut_is_a_scene_and_neither_steady_motion_nor_another_size_is_one() -> None:
+    def moving(place: int, brightness: int, size: int) -> np.ndarray:
         """A box on its way to the right."""
-        pixels = np.full((40, 60, 3), brightness, np.uint8)
-        pixels[:12, 4 * place : 4 * place + 8] = 255
+        pixels = np.full((9 * size, 16 * size, 3), brightness, np.uint8)
+        pixels[: 2 * size, place * size : (place + 2) * size] = 255
         return pixels
 
     async def main() -> None:
         async with (Inlet().named("video") >> Scenes()).session() as session:
-            for number in range(10):
-                pixels = moving(number, 20 if number < 6 else 120)
+            for number in range(12):
+                pixels = moving(number, 20 if number < 6 else 120, 40 if number < 9 else 25)
                 await session.send(Video(pixels=pixels, rate=90000, start=45000 * number))
-            await session.send(Video(pixels=np.full((20, 20, 3), 255, np.uint8), rate=90000, start=450000))
             session.finish()
             events = [event async for event in session.outputs()]
         assert all(isinstance(event, Event) for event in events)
         seen = [event for event in events if event.name == "picture"]
-        assert [event.data["number"] for event in seen] == list(range(1, 12))
-        assert [event.start for event in seen] == [45000 * number for number in range(11)]
-        assert (seen[0].data["width"], seen[0].data["height"], seen[0].data["change"]) == (60, 40, 0)
-        assert (seen[10].data["width"], seen[10].data["luma"], seen[10].data["change"]) == (20, 1.0, 0)
+        assert [event.data["number"] for event in seen] == list(range(1, 13))
+        assert [event.start for event in seen] == [45000 * number for number in range(12)]
+        assert [(event.data["width"], event.data["height"]) for event in seen[8:10]] == [(640, 360), (400, 225)]
+        assert seen[0].data["change"] == 0
+        assert seen[0].data["luma"] == pytest.approx((20 * 140 + 255 * 4) / 144 / 255, abs=0.002)
+        assert 0 < seen[1].data["change"] < 0.05
         assert [event.data for event in events if event.name == "scene"] == [seen[6].data]
         assert seen[6].data["change"] > 0.3
-        assert 0 < seen[1].data["change"] < 0.05
 
     run_virtual(main())
+
+
+def test_every_size_has_the_same_points() -> None:
+    for height, width in ((1, 1), (10, 3), (90, 160), (432, 768), (433, 767)):
+        y, x = np.mgrid[:height, :width]
+        found = points(np.stack((y % 256, x % 256, y // 256 * 16 + x // 256), -1).astype(np.uint8)).astype(int)
+        assert found.shape == (*GRID, 3)
+        rows = found[:, 0, 0] + 256 * (found[:, 0, 2] // 16)
+        assert rows.tolist() == [int((i + 0.5) * height / GRID[0]) for i in range(GRID[0])]
 
 
 def test_what_it_does_not_take() -> None:

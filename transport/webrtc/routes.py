@@ -202,8 +202,8 @@ class _Peers:
 
 class Events:
     """The plain protocol's JSON on a data channel, and what WebRTC adds: ``ping`` is answered by ``pong`` with the same
-    ``t``, ``stats`` by ``Peer.statistics``, ``depths`` (chunks in the graph's queues that are not empty) and ``calls``
-    (on the server). Sound goes by the audio track.
+    ``t``, ``stats`` by ``Peer.statistics``, ``heard_seconds`` (media time of the sound the graph has taken), ``depths``
+    (chunks in its queues that are not empty) and ``calls`` (on the server). Sound goes by the audio track.
     """
 
     def __init__(self, peer: Peer, service: Service) -> None:
@@ -229,9 +229,13 @@ class Events:
             if message.get("type") == "ping":
                 await self._send({"type": "pong", "t": message.get("t")})
             elif message.get("type") == "stats":
-                edges = self.peer.call.session.edges.values()
-                depths = {edge.name: len(edge) for edge in edges if len(edge)}
-                figures = {**self.peer.statistics(), "depths": depths, "calls": len(self.service.calls)}
+                call = self.peer.call
+                figures = {
+                    **self.peer.statistics(),
+                    "heard_seconds": round(call.heard_seconds, 4),
+                    "depths": {edge.name: len(edge) for edge in call.session.edges.values() if len(edge)},
+                    "calls": len(self.service.calls),
+                }
                 await self._send({"type": "stats", **figures})
             else:
                 await plain.obey(self.peer.call, text)

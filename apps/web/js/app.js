@@ -5,12 +5,14 @@ import { ask, Connection } from "./connection.js";
 import { EventLog } from "./eventlog.js";
 import { Latency } from "./latency.js";
 import { camera, Ear, explain, list, loudness, microphone, screen } from "./media.js";
+import { Pictures } from "./pictures.js";
 import { Pipeline } from "./pipeline.js";
 import { Statistics } from "./statistics.js";
 import { Waves } from "./waves.js";
 
 const TICK_MS = 40;
 const DRAW_MS = 3000;
+const STARTING_MS = 1000;
 const STATES = {
   closed: "Not connected",
   connecting: "Connecting…",
@@ -24,6 +26,7 @@ const captions = new Captions();
 const latency = new Latency();
 const statistics = new Statistics($("stats"));
 const log = new EventLog();
+const pictures = new Pictures();
 const pipeline = new Pipeline($("pipeline"));
 const waves = new Waves($("waves"));
 let context = null; // AudioContext
@@ -32,33 +35,21 @@ let mic = null; // MediaStream
 let picture = null; // {kind, stream}
 let ticker = null;
 let began = 0; // performance.now() at the start of the call
-let spans = []; // {at, media}: while connected, media time goes on with the page's
+let heard = null; // {media, at}: seconds that the server had heard, and when, by performance.now()
 
 // ------------------------------------------------------------------ time
 
 const callSeconds = () => (performance.now() - began) / 1000;
 
-function mediaStarts() {
-  spans.push({ at: performance.now(), media: mediaNow() });
+const roundTrip = () => connection.rtt ?? 0;
+
+/** When the server had heard this second of media, by performance.now(). */
+function heardAt(media) {
+  return heard ? heard.at + (media - heard.media) * 1000 : performance.now();
 }
 
-function mediaStops() {
-  const last = spans.at(-1);
-  if (last && last.until === undefined) last.until = performance.now();
-}
-
-function mediaNow() {
-  const last = spans.at(-1);
-  return last ? last.media + ((last.until ?? performance.now()) - last.at) / 1000 : 0;
-}
-
-/** When this second of media was said, by performance.now(). */
-function pageTime(media) {
-  const span = spans.findLast((one) => one.media <= media) ?? spans[0];
-  return span ? span.at + (media - span.media) * 1000 : performance.now();
-}
-
-const onAxis = (media) => (pageTime(media) - began) / 1000;
+/** Where on the waves' axis this second of media was said. */
+const onAxis = (media) => (heardAt(media) - roundTrip() / 2 - (statistics.jitter ?? 0) - began) / 1000;
 
 // ------------------------------------------------------------------ the call
 
@@ -80,8 +71,8 @@ async function connect() {
 
 function forget() {
   began = performance.now();
-  spans = [];
-  for (const panel of [captions, latency, statistics, log, waves]) panel.clear();
+  heard = null;
+  for (const panel of [captions, latency, statistics, pictures, log, waves]) panel.clear();
   saveable();
 }
 
@@ -121,14 +112,16 @@ connection.addEventListener("state", ({ detail: state }) => {
   $("connect").textContent = live ? "Hang up" : "Connect";
   $("connect").toggleAttribute("data-live", live);
   for (const id of ["mute", "camera", "screen"]) $(id).disabled = state !== "connected";
-  if (state === "connected") mediaStarts();
-  else mediaStops();
+  heard = null; // until the server says so
   if (live) log.add("out", { type: state, ...(connection.call && { call: connection.call }) }, callSeconds());
   else if (mic) hangUp();
 });
 connection.addEventListener("problem", ({ detail }) => problem(detail));
 connection.addEventListener("sent", ({ detail }) => log.add("out", detail, callSeconds()));
-connection.addEventListener("report", ({ detail }) => statistics.browser(detail));
+connection.addEventListener("report", ({ detail }) => {
+  statistics.browser(detail);
+  pictures.browser(detail);
+});
 connection.addEventListener("sound", ({ detail: stream }) => {
   $("player").srcObject = stream;
   ears.reply.listen(stream);
@@ -153,14 +146,25 @@ const TAKE = {
     const data = message.data ?? message;
     waves.end("speech", onAxis(message.start));
     waves.mark("turn", callSeconds(), data.reason);
-    const spoken = pageTime(message.start);
-    latency.turn({ spoken, waited: data.waited_ms, rtt: connection.rtt, jitter: statistics.jitter });
+    if (heard) {
+      const [rtt, jitter] = [roundTrip(), statistics.jitter ?? 0];
+      latency.turn({ heard: heardAt(message.start), waited: data.waited_ms ?? 0, rtt, jitter });
+    }
   },
   interrupted: () => waves.mark("cut", callSeconds(), "interrupted"),
   error: (message) => problem(message.message ?? message.data?.message ?? "The server reported an error."),
   limit: () => problem("The server's time limit for one call is reached. Press Connect to start a new one."),
   pong: () => connection.rtt !== null && statistics.ping(connection.rtt),
-  stats: (message) => statistics.server(message.data ?? message),
+  picture: (message) => pictures.seen(message.data),
+  scene(message) {
+    pictures.scene();
+    waves.mark("cut", onAxis(message.start), "scene");
+  },
+  stats(message) {
+    statistics.server(message);
+    if (message.video) pictures.server(message.video);
+    if (message.heard_seconds) heard = { media: message.heard_seconds, at: performance.now() - roundTrip() / 2 };
+  },
 };
 
 // ------------------------------------------------------------------ devices
@@ -220,8 +224,7 @@ async function show(kind, open) {
 }
 
 function showPicture() {
-  $("preview").srcObject = picture?.stream ?? null;
-  $("preview").hidden = !picture;
+  pictures.show(picture?.stream ?? null);
   for (const id of ["camera", "screen"]) $(id).setAttribute("aria-pressed", picture?.kind === id);
 }
 
@@ -244,6 +247,13 @@ async function introduce() {
   try {
     const info = await (await ask("/info")).json();
     statistics.limits(info);
+    for (const id of ["camera", "screen", "pictures"]) $(id).hidden = !info.takes.includes("video");
+    if (connection.state === "closed") $("connect").disabled = Boolean(info.starting);
+    if (info.starting) {
+      $("model").textContent = `The server is ${info.starting}…`;
+      setTimeout(introduce, STARTING_MS);
+      return;
+    }
     const name = document.createElement("b");
     name.textContent = info.model;
     const size = info.parameters ? `${number(info.parameters)} parameters` : "";
@@ -273,6 +283,7 @@ function dark() {
 function theme(name) {
   document.documentElement.dataset.theme = name;
   waves.restyle();
+  pictures.draw();
   draw();
 }
 

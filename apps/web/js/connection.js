@@ -6,6 +6,7 @@ const LOST_MS = 3000; // that ICE may be "disconnected" before a new connection 
 const RETRIES_MS = [200, 800, 1500, 2500, 4000, 6000, 8000]; // within the 30 s that the server keeps a call
 const GATHER_MS = 1000;
 const OPEN_MS = 15000;
+const PICTURES_PER_SECOND = 5;
 
 export class CallRefused extends Error {}
 
@@ -99,6 +100,10 @@ export class Connection extends EventTarget {
     if (!transceiver || !/send/.test(transceiver.currentDirection ?? "")) return false;
     this.#video = track;
     await transceiver.sender.replaceTrack(track);
+    const parameters = transceiver.sender.getParameters(); // few pictures are looked at: better large than smooth
+    parameters.degradationPreference = "maintain-resolution";
+    for (const encoding of parameters.encodings) encoding.maxFramerate = PICTURES_PER_SECOND;
+    await transceiver.sender.setParameters(parameters);
     return true;
   }
 

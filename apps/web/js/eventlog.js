@@ -1,7 +1,7 @@
 // What the page and the server told each other: newest last, filtered, each message's JSON on demand.
 
 const KEPT = 500;
-const QUIET = new Set(["pong", "stats"]); // answers to what the page asks every second
+const QUIET = new Set(["pong", "stats", "picture"]); // they come every second, and have panels of their own
 
 export class EventLog {
   #box = document.getElementById("log");

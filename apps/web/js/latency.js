@@ -1,4 +1,6 @@
-// The latency of each turn, from the end of speech to the settled caption, by the stages that it was spent in.
+// The latency of each turn, from the end of speech to the settled caption, by the stages that it was spent in: the
+// network there and back, the server's playout buffer, and from when the server had heard the end of speech, the wait to
+// be sure of it and the rest, which the recogniser took.
 
 export const STAGES = ["network", "jitter", "endpoint", "recognition"];
 const SHOWN = 7;
@@ -23,10 +25,10 @@ export class Latency {
     this.#open = this.#final = null;
   }
 
-  /** spoken: when the speaker stopped, by this page's clock; waited, rtt, jitter: milliseconds. */
-  turn({ spoken, waited, rtt, jitter }) {
-    this.#open = { spoken, waited, rtt, jitter, ended: performance.now() };
-    if (this.#final !== null && this.#final > spoken) this.#close(this.#open.ended);
+  /** heard: when the server had heard the end of speech, by this page's clock; waited, rtt, jitter: milliseconds. */
+  turn({ heard, waited, rtt, jitter }) {
+    this.#open = { heard, waited, rtt, jitter, ended: performance.now() };
+    if (this.#final !== null && this.#final > heard) this.#close(Math.max(this.#final, heard + waited));
   }
 
   final() {
@@ -36,12 +38,12 @@ export class Latency {
   }
 
   #close(now) {
-    const { spoken, waited, rtt, jitter } = this.#open;
+    const { heard, waited, rtt, jitter } = this.#open;
     this.#open = this.#final = null;
-    const known = { network: rtt ?? 0, jitter: jitter ?? 0, endpoint: waited ?? 0 };
-    const sum = known.network + known.jitter + known.endpoint;
-    const total = Math.max(now - spoken, sum);
-    this.#turns.push({ ...known, recognition: total - sum, total, number: this.#turns.length + 1 });
+    const served = now - rtt / 2 - heard; // on the server, from the end of speech
+    const stages = { network: rtt, jitter, endpoint: waited, recognition: Math.max(0, served - waited) };
+    const total = STAGES.reduce((sum, stage) => sum + stages[stage], 0);
+    this.#turns.push({ ...stages, total, number: this.#turns.length + 1 });
     this.#show();
   }
 

@@ -25,8 +25,10 @@ export function camera() {
   return navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1280 }, frameRate: { max: 15 } } });
 }
 
-export function screen() {
-  return navigator.mediaDevices.getDisplayMedia({ video: { frameRate: { max: 5 } } });
+export async function screen() {
+  const stream = await navigator.mediaDevices.getDisplayMedia({ video: { frameRate: { max: 5 } } });
+  for (const track of stream.getVideoTracks()) track.contentHint = "detail";
+  return stream;
 }
 
 /** Put the devices of this kind into a <select>, keeping the choice. */

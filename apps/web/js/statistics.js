@@ -12,7 +12,6 @@ const FIGURES = [
   ["replyConcealed", "Concealed here"],
   ["codec", "Codec"],
   ["bitrate", "Sent, received"],
-  ["picture", "Pictures sent"],
   ["depths", "Queues"],
 ];
 
@@ -73,7 +72,6 @@ export class Statistics {
     const all = [...report.values()];
     const inbound = all.find((one) => one.type === "inbound-rtp" && one.kind === "audio");
     const outbound = all.find((one) => one.type === "outbound-rtp" && one.kind === "audio");
-    const video = all.find((one) => one.type === "outbound-rtp" && one.kind === "video");
     const before = this.#before;
     this.#before = { inbound, outbound, at: performance.now() };
     const codec = report.get(outbound?.codecId);
@@ -94,8 +92,6 @@ export class Statistics {
       const received = rate(inbound?.bytesReceived, before.inbound?.bytesReceived);
       this.#set("bitrate", `${sent}, ${received}`, "kb/s");
     }
-    if (video?.framesPerSecond) this.#set("picture", `${video.frameWidth}×${video.frameHeight}`, `${Math.round(video.framesPerSecond)}/s`);
-    else this.#set("picture", "none");
   }
 
   #set(key, value, unit = "") {

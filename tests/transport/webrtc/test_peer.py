@@ -202,6 +202,8 @@ def test_what_is_said_comes_back_and_the_channel_speaks() -> None:
             assert stats["datagrams"]["malformed"] == 0
             assert stats["calls"] == 1
             assert isinstance(stats["depths"], dict)
+            assert stats["video"] is None
+            assert 0.5 < stats["heard_seconds"] <= server.service.calls[body["call"]].heard_seconds + 1e-4
             browser.send(type="interrupt")
             assert (await browser.next("interrupted"))["data"]["epoch"] == 1
             browser.send(type="nonsense")
@@ -417,6 +419,12 @@ def test_the_camera_is_looked_at_now_and_then_where_the_graph_takes_pictures() -
             assert first["data"]["shape"] == [480, 640, 3]
             assert first["data"]["green"] == pytest.approx(135, abs=10)
             assert second["start"] - first["start"] >= 0.45
+            await browser.opened()
+            browser.send(type="stats")
+            video = (await browser.next("stats"))["video"]
+            assert (video["width"], video["height"]) == (640, 480)
+            assert video["frames"] > video["skipped"] > 0
+            assert (video["undecoded"], video["refused"]) == (0, 0)
 
     asyncio.run(main())
 
