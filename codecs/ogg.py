@@ -113,10 +113,14 @@ class Pages:
 
 
 class OggOpusReader:
-    """Ogg/Opus to mono sound at ``rate`` Hz, one of ``opus.RATES``."""
+    """Ogg/Opus to mono sound at ``rate`` Hz, one of ``opus.RATES``.
 
-    def __init__(self, rate: int) -> None:
-        self.rate = rate
+    trim: leave out the encoder's lead-in (pre-skip). Live, keeping it costs nothing, and what the sender cuts into
+    frames arrives in the same frames.
+    """
+
+    def __init__(self, rate: int, *, trim: bool = True) -> None:
+        self.rate, self._trim = rate, trim
         self._pages = Pages()
         self._serial: int | None = None
         self._headers = 0  # of the stream, that have come
@@ -177,7 +181,7 @@ class OggOpusReader:
         if version >> 4 or family or channels not in (1, 2):
             raise OggError(f"version {version}, {channels} channels, family {family}: send mono or stereo of family 0")
         self._decoder = decoder(self.rate)
-        self._skip = skip * self.rate // CLOCK_RATE
+        self._skip = skip * self.rate // CLOCK_RATE if self._trim else 0
         self._gain = 10 ** (gain / 256 / 20)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from .edge import Link
 from .graph import Graph, did_you_mean
 from .stage import Inlet, Stage
+from .stages.converse import Converse
 from .stages.emit import emit
 from .stages.parrot import Parrot
 from .stages.scenes import Scenes
@@ -53,7 +54,22 @@ def scenes(options: Mapping[str, Any]) -> Graph:
     return graph | (Inlet().named("video") >> Link(items=1, policy="drop_oldest") >> Scenes())
 
 
-GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {"captions": captions, "parrot": parrot, "scenes": scenes}
+def converse(options: Mapping[str, Any]) -> Graph:
+    """A full-duplex dialogue (see ``Converse``, whose options these are). Raises ValueError, naming the option."""
+    known = [name for name in Converse.parameters.parameters if name not in ("self", "model")]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"no option {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}")
+    talk = Converse(**options)
+    return (Inlet().named("audio") >> talk) | (Inlet().named("control") >> talk["control"])
+
+
+GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
+    "captions": captions,
+    "parrot": parrot,
+    "scenes": scenes,
+    "converse": converse,
+}
 
 
 def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from antiphon.pipelines.graph import Graph
-from antiphon.pipelines.served import GRAPHS, captions
+from antiphon.pipelines.served import GRAPHS, captions, converse
+from antiphon.pipelines.stages.converse import Converse
 from antiphon.pipelines.stages.transcribe import Transcribe
 from antiphon.pipelines.stages.turns import Turns
 
@@ -20,6 +21,7 @@ def stage_of(graph: Graph, kind: type) -> object:
         ("captions", {"audio", "control"}, {"captions.out", "turns.events"}),
         ("parrot", {"audio", "control"}, {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
         ("scenes", {"audio", "control", "video"}, {"captions.out", "turns.events", "scenes.out"}),
+        ("converse", {"audio", "control"}, {"converse.audio", "converse.said"}),
     ],
 )
 def test_inlets_and_outputs(name: str, inlets: set[str], outputs: set[str]) -> None:
@@ -51,3 +53,14 @@ def test_options_reach_their_stages() -> None:
 def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         captions(options)
+
+
+def test_a_conversation_has_options_of_its_own() -> None:
+    made = stage_of(converse({"text_top_k": 7, "audio_seed": 3}), Converse)
+    assert isinstance(made, Converse)
+    assert made.options["text_top_k"] == 7
+    assert made.options["audio_seed"] == 3
+    with pytest.raises(ValueError, match="did you mean 'text_top_k'"):
+        converse({"text_topk": 7})
+    with pytest.raises(ValueError, match="audio_temperature is -1"):
+        converse({"audio_temperature": -1.0})
