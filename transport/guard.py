@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
@@ -49,6 +50,8 @@ class Rules:
     signer: Signer | None = None
     origins: Sequence[str] = ()
     public: Sequence[str] = ()
+    signed: Mapping[str, Callable[[Scope], bool]] = field(default_factory=dict)
+    proxies: Sequence[str] = ()
     rate: float = 20.0
     burst: int = 60
     body: int = 256 * 1024
@@ -69,6 +72,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self.app, self.rules = app, rules
+        self._proxies = [ipaddress.ip_network(one) for one in rules.proxies]
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,15 +93,29 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers, rules = Headers(scope=scope), self.rules
-        self._count((scope.get("client") or ("", 0))[0])
+        client = (scope.get("client") or ("", 0))[0]
+        self._count(client)
+        self._know(scope, client, headers)
         host = headers.get("host", "")
         if rules.loopback and _name(f"//{host}") not in LOOPBACK:
             raise Refused(400, "this server listens on loopback only: open it as localhost")
         origin = headers.get("origin")
         if origin is not None and not self._same(origin, host):
             raise Refused(403, "pages of this origin may not connect: start the server with --origin for it")
-        if rules.secret is not None and not self._public(scope):
+        if scope["path"] in rules.signed:
+            if not rules.signed[scope["path"]](scope):
+                raise Refused(403, "the request's signature is missing or wrong")
+        elif rules.secret is not None and not self._public(scope):
             self._identify(scope, headers)
+
+    def _know(self, scope: Scope, client: str, headers: Headers) -> None:
+        """Whom a proxy asks for is known, or clients from anywhere would count as clients of its host."""
+        told = "x-forwarded-for" in headers
+        if self._proxies:
+            if not told and scope["path"] not in OPEN_PATHS and any(_is_in(client, one) for one in self._proxies):
+                raise Refused(400, "the proxy in front does not say for whom it asks: let it set X-Forwarded-For")
+        elif told or "forwarded" in headers:
+            raise Refused(400, "this came through a proxy: start the server with --behind-proxy and its address")
 
     def _public(self, scope: Scope) -> bool:
         path = scope["path"]
@@ -165,6 +183,13 @@ def _once(first: Message, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return next_message
+
+
+def _is_in(address: str, network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    try:
+        return ipaddress.ip_address(address) in network
+    except ValueError:
+        return False
 
 
 def _name(url: str) -> str | None:

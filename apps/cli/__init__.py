@@ -119,7 +119,7 @@ def serve(
         str, typer.Option(help="Address to listen on; others than loopback need a secret and TLS.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    graph: Annotated[str, typer.Option(help="captions, parrot, or a YAML file.")] = "captions",
+    graph: Annotated[str, typer.Option(help="captions, parrot, scenes, or a YAML file.")] = "captions",
     model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     lookahead: Annotated[
@@ -128,7 +128,11 @@ def serve(
     max_sessions: Annotated[int, typer.Option(min=1, help="Calls at a time; more are refused.")] = 32,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS here: a proxy in front has it.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS, on a network that you trust.")] = False,
+    behind_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a proxy in front, which has TLS and sets X-Forwarded-For; repeatable."),
+    ] = None,
     origin: Annotated[list[str] | None, typer.Option(help="Other origins whose pages may connect; repeatable.")] = None,
     wyoming_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Serve Home Assistant's Wyoming protocol too, usually 10300.")
@@ -148,6 +152,7 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
         insecure=insecure,
+        proxies=behind_proxy or (),
         origins=origin or (),
         wyoming_port=wyoming_port,
     )

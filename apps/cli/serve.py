@@ -25,6 +25,7 @@ from ...pipelines.recognizer import Recognizer
 from ...pipelines.served import GRAPHS
 from ...pipelines.spec import SpecError
 from ...transport.guard import Rules
+from ...transport.protocols import twilio
 from ...transport.service import GraphMaker, Service
 from ...transport.tokens import Signer
 from ..serve.app import PAGE, create_app
@@ -33,6 +34,7 @@ from .console import CommandError, stderr
 from .transcribe import check_device
 
 SECRET = "ANTIPHON_SECRET"
+TWILIO_TOKEN = "ANTIPHON_TWILIO_TOKEN"
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
@@ -48,12 +50,13 @@ def run(
     tls_cert: Path | None,
     tls_key: Path | None,
     insecure: bool,
+    proxies: Sequence[str],
     origins: Sequence[str],
     wyoming_port: int | None,
 ) -> None:
     """See ``antiphon serve --help``. Raises CommandError."""
     check_device(device)
-    rules = _rules(host, tls_cert, tls_key, insecure, origins)
+    rules = _rules(host, tls_cert, tls_key, insecure, proxies, origins)
     service = Service(
         _graph(graph),
         None,
@@ -86,7 +89,7 @@ def run(
             console.print("Clients need a token: antiphon token", style="dim")
 
     app = create_app(service, rules, info=info, start=start, beside=_wyoming(service, host, wyoming_port))
-    server = uvicorn.Server(configure(app, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key))
+    server = uvicorn.Server(configure(app, host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, proxies=proxies))
     try:
         listener = server.config.bind_socket()
     except SystemExit as error:
@@ -111,27 +114,38 @@ def token(seconds: float) -> None:
     print(_signer(secret).issue("join", "cli", seconds))
 
 
-def _rules(host: str, cert: Path | None, key: Path | None, insecure: bool, origins: Sequence[str]) -> Rules:
+def _rules(
+    host: str, cert: Path | None, key: Path | None, insecure: bool, proxies: Sequence[str], origins: Sequence[str]
+) -> Rules:
     if (cert is None) != (key is None):
         raise CommandError("--tls-cert and --tls-key go together")
     for path in (cert, key):
         if path is not None and not path.is_file():
             raise CommandError(f"no file {path}")
-    loopback = host == "localhost" or _is_loopback(host)
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise CommandError(f"--behind-proxy {proxy}: {error}; give an address such as 127.0.0.1") from error
+    loopback = (host == "localhost" or _is_loopback(host)) and not proxies
+    reached = "a server behind a proxy" if proxies else host
     secret = os.environ.get(SECRET) or None
     signer = Signer() if secret is None else _signer(secret)
     if not loopback:
         if secret is None:
             raise CommandError(
-                f"{host} can be reached from other machines: set {SECRET} to 32 or more random characters "
+                f"{reached} can be reached from other machines: set {SECRET} to 32 or more random characters "
                 "(openssl rand -hex 32), which clients then need"
             )
-        if cert is None and not insecure:
+        if cert is None and not insecure and not proxies:
             raise CommandError(
-                f"{host} can be reached from other machines: give --tls-cert and --tls-key (browsers grant a "
-                "microphone only over TLS), or --insecure behind a proxy that has TLS"
+                f"{reached} can be reached from other machines: give --tls-cert and --tls-key (browsers grant a "
+                "microphone only over TLS), or --behind-proxy with the address of one that has TLS"
             )
-    return Rules(loopback, secret, signer, tuple(origins), public=(*PAGE, "/js/", "/static/"))
+    token = os.environ.get(TWILIO_TOKEN)
+    signed = {twilio.PATH: twilio.signed_with(token)} if token else {}
+    public = (*PAGE, "/js/", "/static/")
+    return Rules(loopback, secret, signer, tuple(origins), public=public, signed=signed, proxies=tuple(proxies))
 
 
 def _signer(secret: str) -> Signer:

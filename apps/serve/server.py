@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar, cast
@@ -36,9 +36,18 @@ class Impatient(H11Protocol):
 
 
 def configure(
-    app: ASGIApp, *, host: str, port: int, tls_cert: Path | None = None, tls_key: Path | None = None
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    proxies: Sequence[str] = (),
 ) -> uvicorn.Config:
-    """Settings to make a ``uvicorn.Server`` of. Websockets without compression: no message grows on arrival."""
+    """Settings to make a ``uvicorn.Server`` of. Websockets without compression: no message grows on arrival.
+
+    proxies: addresses or networks whose ``X-Forwarded-For`` and ``X-Forwarded-Proto`` are believed.
+    """
     return uvicorn.Config(
         app,
         host=host,
@@ -54,6 +63,8 @@ def configure(
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
         timeout_graceful_shutdown=5,
     )
 

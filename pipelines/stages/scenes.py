@@ -79,7 +79,8 @@ def points(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     down, across = (
         (2 * np.arange(count) + 1) * size // (2 * count) for count, size in zip(GRID, pixels.shape, strict=False)
     )
-    return pixels[down[:, None], across]
+    found: NDArray[np.uint8] = pixels[down[:, None], across]
+    return found
 
 
 def to_luma(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import uvicorn
 import websockets
+from aiortc import RTCConfiguration, RTCPeerConnection
 
 from antiphon.apps.cli import main
 from antiphon.apps.serve.app import create_app
@@ -113,6 +114,47 @@ def test_routes(server: Serving) -> None:
         assert "<html" in page.text
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert client.get("/metrics").text.count("antiphon_calls 0") == 1
+
+
+def test_behind_a_proxy_clients_are_who_it_says() -> None:
+    """One of another machine is not offered the loopback address, nor may it name one; it has its own rate."""
+
+    async def main() -> None:
+        service = Service(lambda options: Inlet().named("audio") >> counter(), NoEngine(), name="behind")
+        rules = Rules(loopback=False, proxies=("127.0.0.1",), rate=0.001, burst=5)
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = configure(create_app(service, rules), host="127.0.0.1", port=0, proxies=rules.proxies)
+        running = uvicorn.Server(config)
+        task = asyncio.create_task(running.serve([listener]))
+        base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
+        pc.addTransceiver("audio")
+        await pc.setLocalDescription(await pc.createOffer())
+        offer = {"sdp": pc.localDescription.sdp}
+        try:
+            async with httpx.AsyncClient(base_url=base, trust_env=False) as client, asyncio.timeout(20):
+                while not running.started:
+                    await asyncio.sleep(0.01)
+
+                async def answer(told: str | None) -> httpx.Response:
+                    headers = {"host": "a.example"} | ({"x-forwarded-for": told} if told is not None else {})
+                    return await client.post("/rtc/offer", json=offer, headers=headers)
+
+                assert (await answer(None)).status_code == 400
+                near, far = await answer("127.0.0.1"), await answer("127.0.0.1, 203.0.113.9")
+                assert (near.status_code, far.status_code) == (201, 201)
+                assert " 127.0.0.1 " in near.json()["sdp"]
+                assert " 127.0.0.1 " not in far.json()["sdp"]
+                codes = [(await answer("203.0.113.7")).status_code for _ in range(6)]
+                assert codes == [201] * 5 + [429]
+                assert (await answer("203.0.113.8")).status_code == 201
+        finally:
+            await pc.close()
+            await service.close()
+            running.should_exit = True
+            await task
+
+    asyncio.run(main())
 
 
 def test_while_models_load_it_says_so_and_refuses_calls() -> None:
@@ -247,6 +289,12 @@ def test_a_client_that_never_reads_holds_nothing_up(server: Serving) -> None:
         (["--host", "0.0.0.0"], "x" * 32, "--tls-cert"),
         (["--tls-cert", "a.pem"], None, "go together"),
         (["--tls-cert", "a.pem", "--tls-key", "b.pem"], None, "no file a.pem"),
+        (
+            ["--behind-proxy", "127.0.0.1"],
+            None,
+            "behind a proxy can be reached from other machines: set ANTIPHON_SECRET",
+        ),
+        (["--behind-proxy", "nginx"], None, "--behind-proxy nginx"),
         (["--graph", "capshuns"], None, "captions"),
         (["--model", "no/such/file.nemo"], None, "no/such/file.nemo"),
         (["--port", "70000"], None, "65535"),

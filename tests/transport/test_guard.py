@@ -29,14 +29,15 @@ async def socket(websocket: WebSocket) -> None:
     await websocket.close()
 
 
-def client(host: str = "localhost:8000", **rules: Any) -> TestClient:
+def client(host: str = "localhost:8000", address: str = "127.0.0.1", **rules: Any) -> TestClient:
     routes = [
         Route("/x", echo, methods=["GET", "POST"]),
         Route("/healthz", echo),
         Route("/page/a", echo, methods=["GET", "POST"]),
         WebSocketRoute("/ws", socket),
     ]
-    return TestClient(Guard(Starlette(routes=routes), Rules(**rules)), base_url=f"http://{host}")  # type: ignore[arg-type]
+    guard: Any = Guard(Starlette(routes=routes), Rules(**rules))
+    return TestClient(guard, base_url=f"http://{host}", client=(address, 50000))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,39 @@ def test_tokens_where_a_secret_is_set() -> None:
         answer = one.get("/x", headers={"authorization": f"Bearer {bad}"})
         assert answer.status_code == 401
         assert bad == "x" or bad not in answer.text
+
+
+@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded"])
+def test_a_proxy_that_the_server_was_not_told_of_is_refused(header: str) -> None:
+    """Everybody would count as a client on this host."""
+    refused = client().get("/x", headers={header: "203.0.113.9"})
+    assert refused.status_code == 400
+    assert "--behind-proxy" in refused.text
+
+
+def test_a_proxy_says_for_whom_it_asks() -> None:
+    rules = {"loopback": False, "proxies": ["127.0.0.1", "10.0.0.0/8"]}
+    for proxy in ("127.0.0.1", "10.1.2.3"):
+        behind = client("a.example", proxy, **rules)
+        silent = behind.get("/x")
+        assert silent.status_code == 400
+        assert "X-Forwarded-For" in silent.text
+        assert behind.get("/healthz").status_code == 200
+        assert behind.get("/x", headers={"x-forwarded-for": proxy}).status_code == 200  # one on the proxy's own host
+    assert client("a.example", "203.0.113.9", **rules).get("/x").status_code == 200  # as the proxy's word is taken
+    with pytest.raises(ValueError, match="nonsense"):
+        client(proxies=["nonsense"])
+
+
+def test_a_path_whose_clients_sign_needs_that_and_no_token() -> None:
+    def check(scope: Any) -> bool:
+        return dict(scope["headers"]).get(b"x-signed") == b"yes"
+
+    one = client(secret=SECRET, signed={"/x": check})
+    assert one.get("/x", headers={"x-signed": "yes"}).status_code == 200
+    assert one.get("/x", headers={"x-signed": "no"}).status_code == 403
+    assert one.get("/x", headers={"authorization": f"Bearer {SECRET}"}).status_code == 403
+    assert one.get("/page/a", headers={"x-signed": "yes"}).status_code == 401
 
 
 def test_too_many_requests() -> None:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import hashlib
+import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from ...codecs.g711 import RATE, decode, encode
@@ -26,10 +30,35 @@ from ..service import ConnectionLost, Service
 from ..websocket import UNSUPPORTED, Socket
 from .common import TOLD, foreign, refusal, to_pcm16, until_one_ends
 
+PATH = "/twilio/media"
 START_SECONDS = 10.0  # for the message ``start`` to come
 MARK_EVERY = 0.1  # seconds of reply between marks: how finely it is known what was heard
 OPTIONS = ("lookahead_ms", "endpoint_ms")
 FORMAT = {"encoding": "audio/x-mulaw", "sampleRate": RATE, "channels": 1}
+
+
+def signature(token: str, url: str) -> str:
+    """What Twilio sends as ``X-Twilio-Signature`` with a request to ``url``, signed with an account's auth token.
+
+    https://www.twilio.com/docs/usage/security#validating-requests; a websocket's handshake has no parameters to add.
+    """
+    return base64.b64encode(hmac.new(token.encode(), url.encode(), hashlib.sha1).digest()).decode()
+
+
+def signed_with(token: str) -> Callable[[Scope], bool]:
+    """What checks that a handshake, by its scope, is Twilio's: it is made to ``wss`` at the name in ``Host``, which a
+    proxy in front passes on, with the port or without.
+    """
+
+    def check(scope: Scope) -> bool:
+        headers = Headers(scope=scope)
+        name, query = headers.get("host", ""), scope.get("query_string", b"").decode("latin-1")
+        path = scope["path"] + (f"?{query}" if query else "")
+        given = headers.get("x-twilio-signature", "").encode()
+        urls = {f"wss://{host}{path}" for host in (name, name.removesuffix(":443"), f"{name}:443")}
+        return any(hmac.compare_digest(signature(token, url).encode(), given) for url in urls)
+
+    return check
 
 
 class BadMessage(ValueError):
@@ -58,7 +87,7 @@ def routes(service: Service) -> list[BaseRoute]:
             _, message, close = refusal(error)
             await socket.close(close, message)
 
-    return [WebSocketRoute("/twilio/media", media)]
+    return [WebSocketRoute(PATH, media)]
 
 
 async def _receive(socket: Socket) -> tuple[str, dict[str, Any]] | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient, WebSocketDenialResponse
 from streamdouble.api import call as simulated_call
 from streamdouble.session import SessionConfig
 from websockets.asyncio.client import ClientConnection, connect
@@ -18,7 +20,8 @@ from antiphon.codecs.g711 import decode, encode
 from antiphon.pipelines.chunk import Audio, Chunk, Event
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
-from antiphon.transport.protocols.twilio import FORMAT, MARK_EVERY, routes
+from antiphon.transport.guard import Guard, Rules
+from antiphon.transport.protocols.twilio import FORMAT, MARK_EVERY, PATH, routes, signature, signed_with
 from antiphon.transport.service import Service
 from antiphon.transport.websocket import SEND_SECONDS
 
@@ -233,6 +236,40 @@ def test_a_model_of_many_languages_is_told_each(native: str | None, code: int) -
         await service.close()
 
     asyncio.run(run())
+
+
+def test_signatures_are_those_of_twilio() -> None:
+    """The example of its documentation, whose form is signed after the address: sorted, and without separators."""
+    form = "CallSidCA1234567890ABCDECaller+14158675309Digits1234From+14158675309To+18005551212"
+    assert signature("12345", "https://mycompany.com/myapp.php?foo=1&bar=2" + form) == "RSOYDt4T1cUTdK1PDd93/VVr8B8="
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "url", "holds"),
+    [
+        ("a.example", PATH, "wss://a.example/twilio/media", True),
+        ("a.example", PATH, "wss://a.example:443/twilio/media", True),
+        ("a.example:443", PATH, "wss://a.example/twilio/media", True),
+        ("a.example:8443", PATH, "wss://a.example:8443/twilio/media", True),
+        ("a.example", f"{PATH}?a=b", "wss://a.example/twilio/media?a=b", True),
+        ("a.example", PATH, "wss://b.example/twilio/media", False),
+        ("a.example", PATH, "https://a.example/twilio/media", False),
+        ("a.example", PATH, None, False),
+    ],
+)
+def test_only_what_twilio_signed_comes_in(host: str, path: str, url: str | None, holds: bool) -> None:
+    rules = Rules(loopback=False, secret="s" * 32, signed={PATH: signed_with("token")})
+    app: Any = Guard(Starlette(routes=routes(Service(replying, None))), rules)
+    headers = {"host": host} | ({"x-twilio-signature": signature("token", url)} if url else {})
+    client = TestClient(app, base_url=f"http://{host}")
+    if holds:
+        with client.websocket_connect(path, headers=headers) as websocket:
+            websocket.send_text("nonsense")
+            assert websocket.receive()["code"] == 1003
+    else:
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(path, headers=headers):
+            pass
+        assert denied.value.status_code == 403
 
 
 def test_a_simulated_telephone_call_finds_no_violation() -> None:
