@@ -22,7 +22,14 @@ from ...transport.call import inlets
 from ...transport.guard import Guard, Rules
 from ...transport.service import STARTING_SECONDS, Service
 
-PROTOCOLS = ("protocols.plain", "protocols.realtime", "protocols.deepgram", "protocols.twilio", "webrtc.routes")
+PROTOCOLS = (
+    "protocols.plain",
+    "protocols.realtime",
+    "protocols.deepgram",
+    "protocols.twilio",
+    "protocols.moshi_chat",
+    "webrtc.routes",
+)
 PAGE = ("/", "/info", "/graph.svg", "/style.css", "/favicon.ico")
 LAG_SECONDS = 0.05  # between looks at how late the event loop runs
 
