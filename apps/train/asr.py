@@ -27,12 +27,10 @@ from rich.console import Console
 
 from ...codecs.mel import LogMel, MelConfig
 from ...models.conformer.config import ConformerConfig, TransducerConfig
-from ...models.conformer.ctc import CTCHead
-from ...models.conformer.transducer import Transducer
 from .batches import Augmentation, Batcher, Pool
 from .card import AVERAGED, LOOKAHEADS, RUN, by_corpus, export, summary
 from .data import Clip, Shard, open_data
-from .evaluate import choose_tests, total_errors, transcribe
+from .evaluate import Head, choose_tests, total_errors, transcribe
 from .teacher import WhisperEncoder, listen
 from .text import spoken
 from .trainer import Recipe, Student, Trainer
@@ -72,7 +70,7 @@ def measure_student(
     """Word error rates of greedy decoding: test set -> lookahead -> head -> percent."""
     device = next(student.parameters()).device
     student.encoder.eval()
-    heads: dict[str, CTCHead | Transducer] = {"rnnt": student.transducer.prepare(), "ctc": student.ctc}
+    heads: dict[str, Head] = {"rnnt": student.transducer.prepare(), "ctc": student.ctc}
     mel = LogMel(MelConfig()).to(device)
     seconds = 1500.0 if device.type == "cuda" else 120.0
     results: dict[str, dict[str, dict[str, float]]] = {}

@@ -8,6 +8,7 @@ RUN is the folder that ``asr.py`` wrote, MODEL the checkpoint's folder. The figu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from .data import Clip
 
 AVERAGED = "averaged.pt"
 RUN = "run.json"
+RATES = "Word error rates"
 MEL = {
     "sample_rate": 16000,
     "normalize": "NA",
@@ -130,7 +132,7 @@ def write_card(
         json.dumps(run["recipe"], indent=1),
         "```",
         "",
-        "## Word error rates",
+        f"## {RATES}",
         "",
     ]
     if figures is None:
@@ -140,10 +142,32 @@ def write_card(
     return "\n".join(lines) + "\n"
 
 
+def with_section(card: str, title: str, lines: Sequence[str]) -> str:
+    """A card with this section in the place of one of that title, or before the word error rates."""
+    body = "\n".join([f"## {title}", "", *lines]) + "\n"
+    sections = re.split(r"(?m)^(?=## )", card)
+    titles = [section.partition("\n")[0] for section in sections]
+    if f"## {title}" in titles:
+        at = titles.index(f"## {title}")
+        sections[at] = body if at == len(sections) - 1 else body + "\n"
+    else:
+        sections.insert(titles.index(f"## {RATES}"), body + "\n")
+    return "".join(sections)
+
+
+def with_figures(card: str, figures: Mapping[str, Any]) -> str:
+    """A card with the figures that ``evaluate.py`` wrote."""
+    return with_section(card, RATES, _tables(figures))
+
+
 def _tables(figures: Mapping[str, Any]) -> list[str]:
     tests = list(figures["wer"])
     head = " | ".join(f"{test} ({figures['clips'][test]} clips)" for test in tests)
-    lines = ["Percent, greedy, no language model, on the same clips.", "", f"| recogniser | {head} |"]
+    lines = [
+        "Percent, on the same clips. rnnt and ctc: greedy, no language model; beam: search with the language model.",
+        "",
+        f"| recogniser | {head} |",
+    ]
     lines.append("|---" * (1 + len(tests)) + "|")
     lookaheads = sorted(figures["wer"][tests[0]], key=int)
     for decoder in figures["wer"][tests[0]][lookaheads[0]]:

@@ -21,13 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...codecs.mel import LogMel, MelConfig
+from ...models.conformer.beam import BeamSearch
 from ...models.conformer.checkpoint import load
 from ...models.conformer.ctc import CTCHead
 from ...models.conformer.encoder import ConformerEncoder
+from ...models.conformer.hub import resolve
 from ...models.conformer.transducer import Transducer
 from ..bench.common import command_line, write_result
+from .card import with_figures
 from .data import RATE, Shard, open_data
 from .text import scored
+
+Head = BeamSearch | CTCHead | Transducer
 
 SYMBOLS = 4  # most labels of an 80 ms frame; bounds the decoding loop, which has no early end on a GPU
 
@@ -86,12 +91,12 @@ def transcribe(
     clips: Sequence[NDArray[np.int16]],
     mel: LogMel,
     encoder: ConformerEncoder,
-    heads: dict[str, CTCHead | Transducer],
+    heads: dict[str, Head],
     detokenise: Callable[[list[int]], str],
     lookahead: int | None,
     seconds: float = 240.0,
 ) -> dict[str, list[str]]:
-    """Greedy transcripts of whole clips under one lookahead, for each head by name.
+    """Transcripts of whole clips under one lookahead, for each head by name.
 
     The heads must be prepared. Clips are batched by length, about ``seconds`` of audio at a time.
     """
@@ -114,11 +119,20 @@ def transcribe(
     return texts
 
 
-def _decode(head: CTCHead | Transducer, frames: Tensor, valid: Tensor) -> list[list[int]]:
+def _decode(head: Head, frames: Tensor, valid: Tensor) -> list[list[int]]:
     rows = len(frames)
     state = {name: spec.new(rows + 1, frames.device) for name, spec in head.state_spec().items()}
     slots = torch.arange(rows, device=frames.device)
     active = torch.ones(rows, dtype=torch.bool, device=frames.device)
+    if isinstance(head, BeamSearch):
+        found: list[list[int]] = [[] for _ in range(rows)]
+        for part, inside in zip(frames.split(head.longest, 1), valid.split(head.longest, 1), strict=True):
+            out = head.decode(part, inside, ~inside[:, -1], state, slots, active)
+            for kept, row, size in zip(found, out["tokens"].tolist(), out["count"].tolist(), strict=True):
+                kept += row[:size]
+        for kept, row, size in zip(found, out["open_tokens"].tolist(), out["open_count"].tolist(), strict=True):
+            kept += row[:size]
+        return found
     if isinstance(head, CTCHead):
         tokens, _, count = head.decode(frames, valid, state, slots, active)
     else:
@@ -185,9 +199,12 @@ def judge(hear: Callable[[NDArray[np.int16]], str], clips: Test) -> dict[str, fl
 
 
 def measure(model: str | Path, tests: dict[str, Test], lookaheads: Sequence[int] | None = None) -> dict[str, Any]:
-    """A checkpoint's greedy word error rates: test set -> lookahead -> head -> percent."""
+    """A checkpoint's word error rates: test set -> lookahead -> head -> percent."""
     asr = load(model)
-    heads: dict[str, CTCHead | Transducer] = {}
+    heads: dict[str, Head] = {}
+    if asr.transducer is not None and asr.config.beam is not None:
+        longest = asr.config.encoder.longest
+        heads["beam"] = BeamSearch(asr.transducer, asr.config.beam, asr.language_model, longest).prepare()
     if asr.transducer is not None:
         heads["rnnt"] = asr.transducer
     if asr.ctc is not None:
@@ -215,6 +232,7 @@ def main(
     pocketsphinx: Annotated[bool, typer.Option(help="Compare with pocketsphinx.")] = False,
     work: Annotated[Path, typer.Option(help="Where data folders are packed.")] = Path("runs/evaluate"),
     seed: Annotated[int, typer.Option(help="Chooses the clips.")] = 0,
+    card: Annotated[bool, typer.Option(help="Write the figures into the checkpoint's card.")] = False,
 ) -> None:
     """Measure a recogniser on clips it never saw, beside others on the same clips."""
     held_out = set(hold_out or [])
@@ -238,6 +256,9 @@ def main(
         who: {name: judge(hear, chosen) for name, chosen in tests.items()} for who, hear in judges.items()
     }
     write_result(out.stem, command_line("antiphon.apps.train.evaluate", sys.argv[1:]), figures, out.parent)
+    if card:
+        path = resolve(model) / "README.md"
+        path.write_text(with_figures(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
 
 
 if __name__ == "__main__":
