@@ -29,11 +29,13 @@ _GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 class Pitch(nn.Module):
     """Mel frames to their fundamental frequency in hertz."""
 
-    def __init__(self, mels: int, width: int, layers: int = 5) -> None:
+    LAYERS = 5
+
+    def __init__(self, mels: int, width: int) -> None:
         super().__init__()
-        widths = [mels, *[width] * layers]
+        widths = [mels, *[width] * self.LAYERS]
         # Numbered as in the publisher's checkpoint, where an activation without weights follows each convolution.
-        self.condnet = nn.ModuleDict({str(2 * i): nn.Conv1d(widths[i], width, 3) for i in range(layers)})
+        self.condnet = nn.ModuleDict({str(2 * i): nn.Conv1d(widths[i], width, 3) for i in range(self.LAYERS)})
         self.classifier = nn.Linear(width, 1)
 
     @property
