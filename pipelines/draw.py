@@ -1,7 +1,8 @@
 """Pictures of graphs and sessions: Mermaid, and SVG laid out here, with no dependency.
 
 The layout is Sugiyama's in small: layers by longest path, long edges bent around nodes through empty places in the
-layers between, places ordered by the mean of their neighbours', feedback edges led back below.
+layers between, places ordered by the mean of their neighbours', feedback edges led back below. An edge's label goes to
+the spot along it that covers least of stages and other labels.
 Colours follow the reader's light or dark preference.
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from .edge import EdgeStats, Link
 from .graph import Connection, Graph, Port, did_you_mean
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 _GAP_X, _GAP_Y, _MARGIN, _HEIGHT, _CHAR = 70, 34, 24, 46, 7.4
 
+_SHARES = sorted((n / 20 for n in range(3, 18)), key=lambda share: abs(share - 0.5))  # of a stretch: spots for a label
+
 _STYLE = """
 text{font:13px ui-sans-serif,system-ui,"Segoe UI","DejaVu Sans",sans-serif;fill:#1f2933}
-.small{font-size:11px;fill:#64748b}
+.small{font-size:11px;fill:#64748b}.port{stroke:#ffffff;stroke-width:4;paint-order:stroke}
 .page{fill:#ffffff}.box{fill:#f8fafc;stroke:#94a3b8;stroke-width:1.2}.source{fill:#eef6ff;stroke:#5b9bd5}
 .sink{fill:#f0faf3;stroke:#58a978}.edge{fill:none;stroke:#64748b;stroke-width:1.5}.tip{fill:#64748b}
 .back{stroke-dasharray:5 4}.pill{fill:#ffffff;stroke:#cbd5e1}.room{fill:#e2e8f0}
@@ -34,7 +37,7 @@ text{font:13px ui-sans-serif,system-ui,"Segoe UI","DejaVu Sans",sans-serif;fill:
 .lane{stroke:#e2e8f0}.tick{stroke:#eef2f6}.cut{stroke:#d9534f;stroke-width:1.5;stroke-dasharray:4 3}
 .e0{fill:#3f7fbf}.e1{fill:#d08a2e}.e2{fill:#4c9f70}.e3{fill:#9467bd}
 @media (prefers-color-scheme:dark){
-text{fill:#e5e9f0}.small{fill:#94a3b8}.page{fill:#11151c}.box{fill:#1b222d;stroke:#64748b}
+text{fill:#e5e9f0}.small{fill:#94a3b8}.port{stroke:#11151c}.page{fill:#11151c}.box{fill:#1b222d;stroke:#64748b}
 .source{fill:#172637;stroke:#5b9bd5}.sink{fill:#16281d;stroke:#58a978}.edge{stroke:#94a3b8}.tip{fill:#94a3b8}
 .pill{fill:#11151c;stroke:#475569}.room{fill:#334155}.drops{fill:#f0837c}.lane{stroke:#273142}.tick{stroke:#1c2431}
 }
@@ -106,6 +109,9 @@ def _state(link: Link, stats: EdgeStats | None) -> str:
     parts += [f"\u2264 {link.ms:g} ms"] if link.ms != usual.ms else []
     parts += [link.policy.replace("_", " ")] if link.policy != usual.policy else []
     return ", ".join(parts)
+
+
+_Area: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @dataclass(eq=False)
@@ -230,9 +236,7 @@ class _Layout:
             place.y += shift
 
     def _label_width(self, key: Connection | Port) -> float:
-        link = key.link if isinstance(key, Connection) else Link()
-        text = _state(link, _stats(self.session, key))
-        ports = _ports(key) if isinstance(key, Connection) else ""
+        text, ports = self._texts(key)
         return max(len(text), len(ports)) * 6.4 + (16 if text else 0)
 
     def svg(self) -> str:
@@ -241,10 +245,15 @@ class _Layout:
         height = self.bottom + _MARGIN + (46 * len(back) + 18 if back else 0)
         parts: list[str] = []
         labels: list[str] = []
-        for key, way in self.ways:
-            path, middle = self._curve(way)
+        taken = [_bounds(place) for layer in self.layers for place in layer if place.look]
+        for key, way in sorted(self.ways, key=lambda one: -len(one[1])):  # long ones have places of their own
+            path, spots = self._curve(way)
             parts.append(f'<path class="edge" d="{path}"/>{_tip(way[-1].x, way[-1].y)}')
-            labels.append(self._label(key, *middle))
+            areas = [self._areas(key, x, y) for x, y in spots]
+            costs = [sum(_overlap(one, other) for one in area for other in taken) for area in areas]
+            best = costs.index(min(costs))
+            taken += areas[best]
+            labels.append(self._label(key, *spots[best]))
         for i, c in enumerate(back):
             source, target = self.places[c.source.stage], self.places[c.target.stage]
             y = self.bottom + 36 + 46 * i
@@ -259,32 +268,47 @@ class _Layout:
             parts.extend(_box(place) for place in layer if place.look)
         return _page(max(self.width - _GAP_X + _MARGIN + 30, 120), height, "\n".join(parts + labels))
 
-    def _curve(self, way: list[_Place]) -> tuple[str, tuple[float, float]]:
-        """The path through a way's places, and the middle of its first stretch (where the label goes)."""
+    def _curve(self, way: list[_Place]) -> tuple[str, list[tuple[float, float]]]:
+        """The path through a way's places, and spots along it for its label, the best looking first."""
         x, y = way[0].x + way[0].width, way[0].y
         path = f"M{x:.1f} {y:.1f}"
-        middle = (0.0, 0.0)
+        flat: list[tuple[float, float]] = []
+        bent: list[tuple[float, float]] = []
         for place in way[1:]:
             end = place.x - (6 if place is way[-1] else 0)
             half = (x + end) / 2
             path += f"C{half:.1f} {y:.1f} {half:.1f} {place.y:.1f} {end:.1f} {place.y:.1f}"
-            if place is way[1]:
-                middle = (half, (y + place.y) / 2)
+            bent += [_on_curve(share, (x, y), half, (end, place.y)) for share in _SHARES]
             x, y = place.x + place.width, place.y
             if not place.look and place.width == 0:
                 widest = max(one.width for one in self.layers[place.layer])
                 path += f"H{x + widest:.1f}"
+                flat.append((x + widest / 2, y))
                 x += widest
-        return path, middle
+        return path, flat + bent
+
+    def _areas(self, key: Connection | Port, x: float, y: float) -> list[_Area]:
+        """What an edge's label covers at a spot: the names of its ports, and below them its state."""
+        text, ports = self._texts(key)
+        wide, name = (len(text) * 6.1 + 18) / 2, (len(ports) * 6.2 + 4) / 2
+        areas = [(x - name, y - 27, x + name, y - 12)] if ports else []
+        return areas + ([(x - wide, y - 12, x + wide, y + 12)] if text else [])
+
+    def _texts(self, key: Connection | Port) -> tuple[str, str]:
+        """The state of an edge, and the names of its ports."""
+        link = key.link if isinstance(key, Connection) else Link()
+        return _state(link, _stats(self.session, key)), _ports(key) if isinstance(key, Connection) else ""
 
     def _label(self, key: Connection | Port, x: float, y: float, *, below: bool = False) -> str:
         link = key.link if isinstance(key, Connection) else Link()
         stats = _stats(self.session, key)
-        text, ports = _state(link, stats), _ports(key) if isinstance(key, Connection) else ""
+        text, ports = self._texts(key)
         parts = []
         if ports:
             base = y + 26 if below and text else y - 16
-            parts.append(f'<text class="small" x="{x:.1f}" y="{base:.1f}" text-anchor="middle">{escape(ports)}</text>')
+            parts.append(
+                f'<text class="small port" x="{x:.1f}" y="{base:.1f}" text-anchor="middle">{escape(ports)}</text>'
+            )
         if text:
             width = len(text) * 6.1 + 14
             left, high = x - width / 2, 24 if stats is not None else 18
@@ -296,6 +320,27 @@ class _Layout:
                 f"{escape(text)}</text>{_gauge(stats, link, left + 7, y + 5, width - 14) if stats else ''}</g>"
             )
         return "".join(parts)
+
+
+def _on_curve(share: float, start: tuple[float, float], half: float, end: tuple[float, float]) -> tuple[float, float]:
+    """A point of an edge's Bezier curve, whose control points are at ``half`` between its ends."""
+    rest = 1 - share
+    bend = 3 * rest * share
+    x = rest**3 * start[0] + bend * half + share**3 * end[0]
+    return x, (rest**3 + bend * rest) * start[1] + (bend * share + share**3) * end[1]
+
+
+def _bounds(place: _Place) -> _Area:
+    """What is drawn of a place, with a little room around it."""
+    width = 15 + len(place.small) * 6.2 if place.look == "out" else place.width
+    half = place.height / 2 + 3
+    return (place.x - 8, place.y - half, place.x + width + 4, place.y + half)
+
+
+def _overlap(a: _Area, b: _Area) -> float:
+    """The area that two rectangles share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _tip(x: float, y: float, *, up: bool = False) -> str:

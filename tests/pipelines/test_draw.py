@@ -13,6 +13,7 @@ from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.edge import Link
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.join import Join
+from antiphon.pipelines.served import GRAPHS
 from antiphon.pipelines.stage import Context, Input, stage
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -66,6 +67,32 @@ def test_svg_has_every_stage_and_edge_and_no_overlap() -> None:
         for x2, y2, w2, h2 in all_boxes[i + 1 :]:
             assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
     assert "prefers-color-scheme:dark" in svg
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS))
+@pytest.mark.parametrize("live", [False, True])
+def test_labels_of_served_graphs_cover_neither_stages_nor_each_other(name: str, live: bool) -> None:
+    async def main() -> str:
+        graph = GRAPHS[name]({})
+        session = graph.session()
+        session._build()
+        return graph.draw("svg", session if live else None)
+
+    root = ET.fromstring(run_virtual(main()))
+    covered = [(x, y, x + w, y + h) for x, y, w, h in boxes(ET.tostring(root, "unicode"))]
+    for pill in root.iter(f"{SVG}rect"):
+        if pill.get("class") == "pill":
+            x, y, w, h = (float(pill.get(k)) for k in ("x", "y", "width", "height"))
+            covered.append((x, y, x + w, y + h))
+    for text in root.iter(f"{SVG}text"):
+        if text.get("class") == "small port":
+            x, y, half = float(text.get("x")), float(text.get("y")), 2.7 * len(text.text)
+            covered.append((x - half, y - 8, x + half, y + 2))
+    assert len(covered) >= 5
+    for i, (left, top, right, bottom) in enumerate(covered):
+        for left2, top2, right2, bottom2 in covered[i + 1 :]:
+            wide, high = min(right, right2) - max(left, left2), min(bottom, bottom2) - max(top, top2)
+            assert wide <= 0 or high <= 0 or wide * high < 30  # square pixels: corners may touch
 
 
 def test_left_to_right_is_the_direction_of_flow() -> None:

@@ -33,6 +33,6 @@ export class Pipeline {
 function themed(css) {
   const theme = document.documentElement.dataset.theme;
   const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const page = ":host svg { max-width: 100%; height: auto; } .page { fill: none !important; stroke: none !important; }";
+  const page = ":host svg { max-width: 100%; height: auto; } .page { fill: none !important; stroke: none !important; } .port { stroke: var(--card) !important; }";
   return css.replaceAll(/\(\s*prefers-color-scheme:\s*dark\s*\)/g, dark ? "all" : "not all") + page;
 }
