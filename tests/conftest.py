@@ -50,7 +50,7 @@ def parrot_server() -> Iterator[str]:
     process = subprocess.Popen([*command, "--graph", "parrot"], env={**os.environ, "OMP_NUM_THREADS": "1"})
     address = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 120
         while not _ready(address):
             assert process.poll() is None, "the server ended before it was ready"
             assert time.monotonic() < until, "the server did not become ready"

@@ -1,6 +1,6 @@
 // A RealtimeSession of @openai/agents-realtime over its websocket transport: node agents.mjs URL FILE, the file with
 // 16-bit mono PCM at 24 kHz. It speaks the file, interrupts the reply to it after half a second, speaks the file
-// again while the second reply plays, and prints what the session told its application as one JSON object.
+// again to interrupt the second reply, and prints what the session told its application as one JSON object.
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -55,7 +55,6 @@ await next(session, 'audio_stopped');
 speak();
 interrupted = next(session.transport, 'conversation.item.truncated');
 report.spokenOver = (await interrupted)[0].audio_end_ms;
-await next(session, 'agent_end');
 
 clearInterval(microphone);
 session.close();

@@ -1,4 +1,4 @@
-"""What the clients say: the start of the sample; and whether it comes back."""
+"""What the clients say: the first words of the sample; and whether it comes back."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import antiphon
 from antiphon.codecs.audio_file import read
 
 SAMPLE = Path(antiphon.__file__).parent / "apps" / "samples" / "two_cities.flac"
-SECONDS = 3.0
+BEGIN, SECONDS = 1.0, 2.0  # of WORDS in the sample; before them is a breath that could be taken for a turn
 WORDS = "it was the best of times"
 
 
 @cache
 def speech(rate: int) -> NDArray[np.int16]:
-    """The first seconds of the sample, mono."""
-    return np.rint(read(SAMPLE, rate)[: round(SECONDS * rate)] * 32767).astype(np.int16)
+    """The words, mono."""
+    samples = read(SAMPLE, rate)[round(BEGIN * rate) :][: round(SECONDS * rate)]
+    return np.rint(samples * 32767).astype(np.int16)
 
 
 def likeness(heard: NDArray[np.int16], rate: int) -> float:

@@ -28,10 +28,10 @@ def node() -> str:
     return path
 
 
-def test_a_realtime_session_converses_and_interrupts(node: str, parrot_server: str, tmp_path: Path) -> None:
+def test_a_realtime_session_converses_and_interrupts(node: str, server: str, tmp_path: Path) -> None:
     sound = tmp_path / "speech.pcm"
     speech(RATE).tofile(sound)
-    url = f"{parrot_server.replace('http', 'ws')}/v1/realtime"
+    url = f"{server.replace('http', 'ws')}/v1/realtime"
     ran = subprocess.run([node, "agents.mjs", url, sound], cwd=HERE, capture_output=True, text=True, timeout=60)
     assert (ran.returncode, ran.stderr) == (0, "")
     report: dict[str, Any] = json.loads(ran.stdout)
@@ -39,14 +39,14 @@ def test_a_realtime_session_converses_and_interrupts(node: str, parrot_server: s
     assert report["errors"] == []
     assert set(report["types"]) == set(report["understood"])  # every message fits the client's schema of its type
     turn = ["history_added", "agent_start", "history_added", "audio_start", "audio_stopped", "agent_end"]
-    assert report["events"] == [*turn, "audio_interrupted", *turn, "audio_interrupted", *turn]
+    assert report["events"] == [*turn, "audio_interrupted"] * 2
     seconds = np.array(report["audioBytes"]) / 2 / RATE
-    assert seconds == pytest.approx([SECONDS] * 3, abs=0.5)
+    assert seconds == pytest.approx([SECONDS] * 2, abs=1.0)
     assert 500 <= report["interrupted"] < 1000
-    assert 500 <= report["spokenOver"] < 2500
+    assert 0 < report["spokenOver"] < 3000
 
     said = [(item["role"], item["status"], item["content"][0]["transcript"]) for item in report["history"]]
-    assert [(role, status) for role, status, _ in said] == [("user", "completed"), ("assistant", "completed")] * 3
+    assert [(role, status) for role, status, _ in said] == [("user", "completed"), ("assistant", "completed")] * 2
     heard = [transcript for role, _, transcript in said if role == "user"]
-    assert jiwer.wer([WORDS] * 3, heard) < 0.5
+    assert jiwer.wer([WORDS] * 2, heard) < 0.5
     assert report["deltas"] == "".join(heard)

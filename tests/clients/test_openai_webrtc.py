@@ -34,7 +34,7 @@ SERVER_EVENT: TypeAdapter[Any] = TypeAdapter(RealtimeServerEvent)
 
 
 class Microphone(MediaStreamTrack):
-    """The start of the sample, then silence, in real time."""
+    """The speech, then silence, in real time."""
 
     kind = "audio"
 
@@ -63,9 +63,9 @@ async def listen(track: MediaStreamTrack, heard: list[NDArray[np.int16]]) -> Non
             heard.append(frame.to_ndarray().reshape(-1, len(frame.layout.channels))[:, 0])
 
 
-def test_a_call_is_placed_heard_and_ended(parrot_server: str) -> None:
+def test_a_call_is_placed_heard_and_ended(server: str) -> None:
     async def main() -> None:
-        client = openai.AsyncOpenAI(api_key="unused", base_url=f"{parrot_server}/v1", max_retries=0)
+        client = openai.AsyncOpenAI(api_key="unused", base_url=f"{server}/v1", max_retries=0)
         pc = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         events: asyncio.Queue[Any] = asyncio.Queue()
         seen: dict[str, Any] = {}

@@ -67,13 +67,14 @@ class _Peers:
     # ---------------------------------------------------------------- requests
 
     async def whip(self, request: Request) -> Response:
-        """WHIP and WHEP: an offer, answered; ``?resume=`` takes over a call."""
+        """WHIP and WHEP: an offer, answered; ``?resume=`` takes over a call. See ``Events`` for a data channel."""
         if request.method == "OPTIONS":
             return Response(headers={"Accept-Post": SDP, "Access-Control-Allow-Methods": "POST, PATCH, DELETE"})
         try:
             _accept(request, SDP)
             offer = await _text(request, SDP)
-            id, _, answer = await self._start(request, offer, resume=request.query_params.get("resume"))
+            resume = request.query_params.get("resume")
+            id, _, answer = await self._start(request, offer, lambda peer: Events(peer, self.service), resume=resume)
         except _REFUSED as error:
             return _refuse(error)
         headers = {"Location": f"{request.url.path}/{id}", "ETag": _tag(id), "Accept-Patch": FRAGMENT}
