@@ -16,6 +16,7 @@ from antiphon.codecs.kaldi_fbank import KaldiFbank
 from antiphon.codecs.prompt_mel import PromptMel
 from antiphon.codecs.speaker import SpeakerEmbedding
 from antiphon.codecs.speech_tokenizer import LONGEST, OnnxSpeechTokenizer, SpeechTokenizer, SpeechTokenizerConfig
+from antiphon.codecs.voice_clip import voice_from_clip
 from antiphon.codecs.whisper_mel import WhisperMel
 from antiphon.models.files import CheckpointError
 
@@ -99,8 +100,11 @@ def test_checkpoints(network: SpeechTokenizer, tmp_path: Path) -> None:
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.load(path, TINY)
-    with pytest.raises(CheckpointError, match="OnnxSpeechTokenizer"):
-        checkpoint.load(tmp_path / "speech_tokenizer_v2.onnx", TINY)
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(CheckpointError, match="no ONNX model"):
+        checkpoint.load(tmp_path / "text.onnx", TINY)
+    with pytest.raises(CheckpointError, match="that a speech tokenizer has no place for"):
+        checkpoint.load(tokenizer_file(tmp_path / "other.onnx"), TINY)
     with pytest.raises(CheckpointError, match="absent"):
         checkpoint.load(tmp_path / "absent.pt", TINY)
 
@@ -222,3 +226,17 @@ def test_prompt_frames() -> None:
     assert PromptMel()(torch.zeros(1, 960)).unique().tolist() == pytest.approx([np.log(1e-5)])
     with pytest.raises(ValueError, match="720"):
         PromptMel()(tone[:, :720])
+
+
+@pytest.mark.parametrize("rate", [16_000, 24_000, 44_100])
+def test_a_voice_is_made_of_a_clip(network: SpeechTokenizer, tmp_path: Path, rate: int) -> None:
+    pcm = (0.3 * np.sin(2 * np.pi * 300 / rate * np.arange(2 * rate + 77))).astype(np.float32)
+    speaker = SpeakerEmbedding(speaker_file(tmp_path / "campplus.onnx"))
+    voice = voice_from_clip(pcm, rate, tokenizer=network, speaker=speaker, prompt_text="la", name="tone")
+    assert (voice.name, voice.prompt_text) == ("tone", "la")
+    assert voice.prompt_tokens.shape == (50,)
+    assert voice.prompt_mel.shape == (100, 80)
+    assert len(voice.prompt_mel[5:95].argmax(1).unique()) == 1
+    assert voice.embedding.shape == (80,)
+    with pytest.raises(ValueError, match="30 s"):
+        voice_from_clip(np.zeros(31 * rate, np.float32), rate, tokenizer=network, speaker=speaker)

@@ -137,3 +137,52 @@ def test_kaldi_features(mels: int) -> None:
     assert made.shape == expected.shape
     torch.testing.assert_close(made, expected, atol=2e-3, rtol=0)
     assert (made - expected).abs().mean() < 1e-5
+
+
+def onnx_file(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """The weights as the operations of the published file hold them: named as there, and not to be run."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    nodes, constants = [], []
+
+    def operation(kind: str, name: str, *values: torch.Tensor, names: tuple[str, ...] = ()) -> None:
+        names = names or tuple(f"onnx::{kind}_{len(constants) + index}" for index in range(len(values)))
+        constants.extend(
+            numpy_helper.from_array(value.numpy(), label) for value, label in zip(values, names, strict=True)
+        )
+        nodes.append(helper.make_node(kind, [f"before{len(nodes)}", *names], [f"after{len(nodes)}"], name=name))
+
+    for index, first in ((1, 2216), (2, 2218)):
+        pair = weights[f"encoder.conv{index}.weight"], weights[f"encoder.conv{index}.bias"]
+        operation("Conv", f"/conv{index}/Conv", *pair, names=(f"onnx::Conv_{first}", f"onnx::Conv_{first + 1}"))
+    for block in range(TINY.layers):
+        ours, theirs = f"encoder.blocks.{block}", f"/blocks.{block}"
+        for norm in ("attn_ln", "mlp_ln"):
+            pair = weights[f"{ours}.{norm}.weight"], weights[f"{ours}.{norm}.bias"]
+            operation("LayerNormalization", f"{theirs}/{norm}/LayerNormalization", *pair)
+        for layer in ("query", "key", "value", "out"):
+            operation("MatMul", f"{theirs}/attn/{layer}/MatMul", weights[f"{ours}.attn.{layer}.weight"].t())
+            if layer != "key":
+                operation("Add", f"{theirs}/attn/{layer}/Add", weights[f"{ours}.attn.{layer}.bias"])
+        operation("Conv", f"{theirs}/attn/fsmn_block/Conv", weights[f"{ours}.attn.fsmn_block.weight"])
+        for layer in (0, 2):
+            operation("MatMul", f"{theirs}/mlp/mlp.{layer}/MatMul", weights[f"{ours}.mlp.{layer}.weight"].t())
+            operation("Add", f"{theirs}/mlp/mlp.{layer}/Add", weights[f"{ours}.mlp.{layer}.bias"])
+    down = "quantizer._codebook.project_down"
+    operation("MatMul", "/quantizer/project_in/MatMul", weights[f"{down}.weight"].t(), names=("onnx::MatMul_2536",))
+    operation("Add", "/quantizer/project_in/Add", weights[f"{down}.bias"], names=("quantizer.project_in.bias",))
+    value = helper.make_tensor_value_info("before0", TensorProto.FLOAT, [1])
+    save(helper.make_model(helper.make_graph(nodes, "tokenizer", [value], [], constants)), path)
+
+
+def test_the_publishers_file_has_the_same_weights(
+    s3tokenizer: types.ModuleType, theirs: torch.nn.Module, tmp_path: Path
+) -> None:
+    path = tmp_path / "speech_tokenizer_v2.onnx"
+    onnx_file(theirs.state_dict(), path)
+    made = checkpoint.from_onnx(path)
+    for read in (s3tokenizer.onnx2torch(str(path)), theirs.state_dict()):
+        assert read.keys() == made.keys()
+        for key, value in read.items():
+            assert torch.equal(value, made[key]), key
+    assert checkpoint.load(path, TINY).tokenize(clip(5000)).shape == (8,)
