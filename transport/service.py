@@ -13,8 +13,8 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from ..pipelines.engine import AtCapacity
@@ -26,6 +26,9 @@ from .tokens import Signer
 _log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 5.0  # for a client to wait before it tries again
+
+Meter = Callable[[], Mapping[tuple[str, str], int]]
+"""What a connection has counted so far, by what and how it went: ``("datagrams", "malformed")``."""
 
 GraphMaker = Callable[[Mapping[str, Any]], Graph]
 
@@ -88,6 +91,8 @@ class Service:
         self.counts: Counter[str] = Counter()  # opened, refused, kept, resumed, expired, ended, failed
         self.closing = False
         self.starting, self.native = starting, native
+        self._meters: list[Meter] = []
+        self._measured: Counter[tuple[str, str]] = Counter()  # by connections that have ended
         self._ended: dict[str, Call] = {}  # kept for their items: nothing of them runs
         self._expiry: dict[str, asyncio.TimerHandle] = {}
         self._holders: Counter[str] = Counter()  # connections of each call; more than one while one takes over
@@ -124,6 +129,29 @@ class Service:
         """What the client shows to come back to this call."""
         call.resumable = True
         return self.signer.issue("resume", call.id, self.max_seconds + self.keep)
+
+    @contextmanager
+    def metered(self, meter: Meter) -> Iterator[None]:
+        """Count with all others what a connection counts, as long as the block runs and for ever after."""
+        self._meters.append(meter)
+        try:
+            yield
+        finally:
+            self._meters.remove(meter)
+            self._measured.update(meter())
+
+    @property
+    def measured(self) -> Counter[tuple[str, str]]:
+        """What all connections have counted so far."""
+        total = Counter(self._measured)
+        for meter in self._meters:
+            total.update(meter())
+        return total
+
+    @property
+    def ended(self) -> int:
+        """Calls that have ended and whose items are kept."""
+        return len(self._ended)
 
     async def close(self) -> None:
         """End every call."""

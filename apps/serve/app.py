@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 from starlette.applications import Starlette
@@ -131,6 +132,7 @@ def metrics_text(service: Service, rules: Rules, lag: LoopLag) -> str:
     """Prometheus text: the engine's numbers, then the service's."""
     lines = ["# TYPE antiphon_ready gauge", f"antiphon_ready {int(not (service.closing or service.starting))}"]
     lines += ["# TYPE antiphon_calls gauge", f"antiphon_calls {len(service.calls)}"]
+    lines += ["# TYPE antiphon_calls_ended_kept gauge", f"antiphon_calls_ended_kept {service.ended}"]
     lines += ["# TYPE antiphon_calls_limit gauge", f"antiphon_calls_limit {service.max_calls}"]
     lines.append("# TYPE antiphon_calls_total counter")
     lines += [f'antiphon_calls_total{{outcome="{name}"}} {count}' for name, count in sorted(service.counts.items())]
@@ -139,6 +141,9 @@ def metrics_text(service: Service, rules: Rules, lag: LoopLag) -> str:
         f'antiphon_requests_refused_total{{status="{status}"}} {count}'
         for status, count in sorted(rules.refused.items())
     ]
+    for family, counts in groupby(sorted(service.measured.items()), key=lambda one: one[0][0]):
+        lines.append(f"# TYPE antiphon_webrtc_{family}_total counter")
+        lines += [f'antiphon_webrtc_{family}_total{{outcome="{what}"}} {count}' for (_, what), count in counts]
     stats = [edge for call in service.calls.values() for edge in call.session.stats().values()]
     lines.append("# TYPE antiphon_edge_depth gauge")
     lines.append(f"antiphon_edge_depth {sum(edge.depth for edge in stats)}")

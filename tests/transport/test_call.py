@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
@@ -203,7 +204,7 @@ def test_no_more_ended_calls_are_kept_than_may_run_and_none_without_a_token() ->
                     tokens.append(host.resume_token(call))
                 call.finish()
                 assert not [item async for item in call.items()]
-        assert len(host._ended) == 2
+        assert host.ended == 2
         for token in tokens[:2]:
             with pytest.raises(NoSuchCall):
                 async with host.connect(resume=token):
@@ -212,7 +213,7 @@ def test_no_more_ended_calls_are_kept_than_may_run_and_none_without_a_token() ->
             async with host.connect(resume=token):
                 pass
         await host.close()
-        assert not host._ended
+        assert host.ended == 0
         assert not host._expiry
 
     run_virtual(main())
@@ -376,6 +377,18 @@ def test_limits_and_inputs_that_the_graph_has_not() -> None:
                 await call.hear(BLOCK, 8000)
 
     run_virtual(main())
+
+
+def test_what_connections_count_is_added_up_and_never_falls() -> None:
+    host = service()
+    seen: Counter[str] = Counter()
+    with host.metered(lambda: {("datagrams", name): count for name, count in seen.items()}):
+        seen.update(good=2, bad=1)
+        with host.metered(lambda: {("datagrams", "good"): 5}):
+            assert host.measured == {("datagrams", "good"): 7, ("datagrams", "bad"): 1}
+        assert host.measured == {("datagrams", "good"): 7, ("datagrams", "bad"): 1}
+        seen.update(good=1)
+    assert host.measured == {("datagrams", "good"): 8, ("datagrams", "bad"): 1}
 
 
 def test_tokens() -> None:

@@ -273,6 +273,21 @@ class Peer:
             **self.counts,
         }
 
+    def counted(self) -> dict[tuple[str, str], int]:
+        """What only rises of ``statistics``, for ``Service.metered``."""
+        guard, found = self.guard, {("messages", what): count for what, count in self.counts.items()}
+        for what in ("received", "oversized", "malformed", "overflowed"):
+            found["datagrams", what] = getattr(guard, what)
+        if self.receiver is not None:
+            for what in ("received", "lost", "late", "empty", "malformed", "overflowed"):
+                found["audio_packets", what] = getattr(self.receiver.stats, what)
+            for what in ("decoded", "fec", "concealed", "silence"):
+                found["audio_samples", what] = getattr(self.receiver.stats, what)
+        if self.camera is not None:
+            for what in ("frames", "skipped", "undecoded", "refused"):
+                found["video_frames", what.replace("frames", "decoded")] = getattr(self.camera.stats, what)
+        return found
+
     async def _watch(self) -> None:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):

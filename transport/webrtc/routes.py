@@ -179,7 +179,8 @@ class _Peers:
                     answer = await peer.answer(offer)
                     self.running[id] = peer, task
                     answered.set_result((peer, answer))
-                    await peer.run()
+                    with self.service.metered(peer.counted):
+                        await peer.run()
                 except NeverConnected as error:
                     if resume is not None:
                         raise ConnectionLost(str(error)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import struct
 import threading
@@ -183,6 +184,9 @@ class World:
         finally:
             await pc.close()
 
+    async def metrics(self) -> str:
+        return (await self.http.get("/metrics")).text
+
     @asynccontextmanager
     async def beside_an_honest_client(self) -> AsyncIterator[None]:
         """Whatever happens inside, an honest client is heard before and after, by the same call, with nothing lost."""
@@ -330,6 +334,7 @@ def test_malformed_stun_from_a_stranger_is_counted_and_harmless(monkeypatch: pyt
                     stranger.sendto(datagram, ("127.0.0.1", port_of(there)))
                     await asyncio.sleep(0)
             await until(lambda: there.guard.malformed == 100)
+            assert 'antiphon_webrtc_datagrams_total{outcome="malformed"} 100' in await world.metrics()
             while not attacked.messages.empty():
                 attacked.messages.get_nowait()
             await attacked.next("heard")
@@ -351,6 +356,8 @@ def test_a_flood_before_ice_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
                         stranger.sendto(b"\x80" * FLOOD_BYTES, address)
                     await until(lambda sent=number + 50: guard.received >= sent)
             assert guard.overflowed == FLOOD - ice.WAITING_DATAGRAMS
+            overflowed = f'antiphon_webrtc_datagrams_total{{outcome="overflowed"}} {guard.overflowed}'
+            assert overflowed in await world.metrics()
             assert connection_of(there._pc)._queue.qsize() == ice.WAITING_DATAGRAMS
             assert resident() - before < FLOOD_GROWTH
 
@@ -453,6 +460,8 @@ def test_pictures_that_no_one_looks_at_do_not_grow(monkeypatch: pytest.MonkeyPat
                 before, decoded = resident(), camera.stats.frames
                 await until(lambda: camera.stats.frames + camera.stats.undecoded > decoded + PICTURES, 30)
                 assert camera.stats.skipped >= camera.stats.frames - 40
+                shown = await world.metrics()
+                assert re.search(r'antiphon_webrtc_video_frames_total{outcome="skipped"} [1-9]', shown)
                 assert camera._track._queue.qsize() <= 1
                 (_, receiver) = hostile.there._pc.getReceivers()
                 assert receiver._RTCRtpReceiver__decoder_queue.qsize() <= video.WAITING_FRAMES
