@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.linear import Linear
+from ..layers.noise import gumbel
 from ..layers.norm import RMSNorm
 from ..layers.packing import pack
 from ..layers.transformer import Transformer
@@ -26,7 +27,7 @@ from ..streaming import Specs, State, StreamingModel, TensorSpec
 from .config import FRAME_RATE, UNSET, MoshiConfig
 from .delays import Delays
 from .depth import Depth, sinusoids
-from .sampling import HISTORY, draw, gumbel, penalise, remember
+from .sampling import HISTORY, draw, penalise, remember
 
 
 @dataclass(frozen=True)

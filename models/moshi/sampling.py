@@ -1,10 +1,4 @@
-"""Drawing tokens so that a session's draws depend on nothing but its seed and its own history.
-
-Noise comes from a counter: word ``i`` of step ``n`` of a session is ``mix(key(seed, n) + i * GAMMA)``, SplitMix64's
-output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014). So there is no generator to
-advance, and neighbours, batch sizes and the order of work on a device change nothing. A token is drawn by racing
-exponential clocks: the largest of ``p / noise`` (equally, of ``logit + Gumbel noise``) is a draw from ``p``.
-"""
+"""Drawing Moshi's tokens: temperature, top-k and repetition penalty, with the noise of :mod:`..layers.noise`."""
 
 from __future__ import annotations
 
@@ -18,7 +12,6 @@ from torch import Tensor
 
 MOST_CANDIDATES = 512  # the largest top-k; 0 draws from all tokens
 HISTORY = 200  # the largest context of a repetition penalty, in words' pieces
-_BITS = 23  # of a uniform number: the largest, 1 - 2**-24, is still below 1 in float32
 
 
 @dataclass(frozen=True)
@@ -70,35 +63,11 @@ _RANGES = (
 )
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-GAMMA = _signed(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-
-
-def mix(word: Tensor) -> Tensor:
-    """SplitMix64's output function on int64 words (arithmetic wraps)."""
-    word = (word ^ _shift(word, 30)) * _FIRST
-    word = (word ^ _shift(word, 27)) * _SECOND
-    return word ^ _shift(word, 31)
-
-
-def gumbel(seed: Tensor, step: Tensor, first: int, count: int) -> Tensor:
-    """``[B]`` int64 seeds and steps -> ``[B, count]`` float32: words ``first`` and up of the step's Gumbel noise."""
-    key = mix(mix(seed) + step * GAMMA)
-    index = torch.arange(first, first + count, device=seed.device)
-    word = mix(key[:, None] + index * GAMMA)
-    uniform = (_shift(word, 64 - _BITS).float() + 0.5) * 2.0**-_BITS
-    return -(-uniform.log()).log()
-
-
 def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
     """A token per row: ``[B, n]`` logits -> ``[B]`` int64.
 
-    noise: ``[B, n]`` of :func:`gumbel`. temperature: ``[B]``, 0 for the likeliest token. top_k: ``[B]`` int64, how many
-    of the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all.
+    noise: ``[B, n]`` Gumbel noise. temperature: ``[B]``, 0 for the likeliest token. top_k: ``[B]`` int64, how many of
+    the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all.
     """
     most = min(MOST_CANDIDATES, logits.shape[1])
     best = logits.topk(most, 1).values
@@ -128,8 +97,3 @@ def remember(history: Tensor, tokens: Tensor, worth: Tensor) -> Tensor:
     for token, keep in zip(tokens.split(1, 1), worth.split(1, 1), strict=True):
         history = torch.where(keep, torch.cat((history[:, 1:], token), 1), history)
     return history
-
-
-def _shift(word: Tensor, bits: int) -> Tensor:
-    """Logical right shift: int64's own keeps the sign."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
