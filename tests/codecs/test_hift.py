@@ -111,23 +111,23 @@ def stream(model: HiFT, mel: Tensor, hops: Sequence[int], seed: int = 0) -> Tens
 
 
 @pytest.mark.parametrize("config", [TINY, OTHER], ids=["published kernels", "others"])
-@pytest.mark.parametrize("hops", [(1,), (3,), (10,), (50,), (7, 1, 22, 2), (200,)], ids=str)
+@pytest.mark.parametrize("hops", [(2,), (10,), (50,), (7, 1, 22, 2), (200,)], ids=str)
 @torch.no_grad()
 def test_a_stream_gives_what_the_whole_gives(config: HiFTConfig, hops: tuple[int, ...]) -> None:
-    model, mel = vocoder(config), voice(75, config)
+    model, mel = vocoder(config), voice(60, config)
     whole = model(mel[None], seed=torch.tensor([5]))[0]
     streamed = stream(model, mel, hops, seed=5)
-    assert streamed.shape == (75 * config.frame,)
+    assert streamed.shape == (60 * config.frame,)
     torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-12)
     assert whole.std() > 0.03
     assert (whole.abs() < config.limit).double().mean() > 0.9
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 20, 21, 22])
+@pytest.mark.parametrize("frames", [1, 2, 5, 21])
 @torch.no_grad()
 def test_short_utterances_too(frames: int) -> None:
     model, mel = vocoder(), voice(frames)
-    for hops in ((1,), (4,), (25,)):
+    for hops in ((1,), (25,)):
         torch.testing.assert_close(stream(model, mel, hops), model(mel[None])[0], rtol=0, atol=1e-12)
 
 
@@ -169,19 +169,19 @@ def test_rows_of_a_batch_may_differ_in_length() -> None:
 
 def sessions(model: HiFT, count: int) -> dict[int, Session]:
     return {
-        slot: Session(model, voice(20 + 7 * slot, seed=slot, dtype=model.dtype), seed=100 + slot)
+        slot: Session(model, voice(15 + 9 * slot, seed=slot, dtype=model.dtype), seed=100 + slot)
         for slot in range(count)
     }
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     model = vocoder(dtype=torch.float32)
-    alone = sessions(model, 6)
+    alone = sessions(model, 4)
     for slot, row in alone.items():
-        state = slots(model, 6)
+        state = slots(model, 4)
         while not row.done:
             step(model, state, {slot: row}, 10, padding=3)
-    together, state, turn = sessions(model, 6), slots(model, 6), 0
+    together, state, turn = sessions(model, 4), slots(model, 4), 0
     while any(not row.done for row in together.values()):
         turn += 1
         ready = [slot for slot, row in together.items() if not row.done and turn > slot]
@@ -246,10 +246,10 @@ def test_noise_is_a_function_of_seed_and_number() -> None:
 
 
 def test_phases_do_not_drift() -> None:
-    """Ten minutes of 441 Hz end within a millionth of a cycle of where they should, in whichever pieces."""
+    """Two minutes of 441 Hz end within a millionth of a cycle of where they should, in whichever pieces."""
     source = Harmonics(24000, 480, 2, amplitude=1.0, noise=0.0, threshold=10.0).double()
     phase, before = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    frames = 30000
+    frames = 6000
     pitch = torch.full((1, 500), 441.0, dtype=torch.float64)
     silence = torch.zeros(1, 500 * 480, dtype=torch.float64)
     with torch.no_grad():
@@ -319,9 +319,10 @@ def test_what_is_wrong_with_a_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_the_published_sizes() -> None:
     model = HiFT()
-    names = hift_checkpoint.key_names(model)
+    names, weights = hift_checkpoint.key_names(model), model.state_dict()
     assert sum(map(len, names.values())) == 328
-    assert sum(weight.numel() for weight in upstream(model).values()) == 20_821_295
+    norms = sum(len(weights[name]) for name, theirs in names.items() if len(theirs) == 2)
+    assert sum(weight.numel() for weight in weights.values()) + norms == 20_821_295
     model.prepare()
     assert model.flush == 21
     assert sum(spec.bytes for spec in model.state_spec().values()) < 750_000
