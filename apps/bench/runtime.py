@@ -3,7 +3,8 @@
 Each session is six stages: a source that emits a 20 ms chunk whenever its media clock says so, four that pass chunks
 on, a sink. Sessions are spread evenly over the 20 ms. The cost is the process's CPU time from the first chunk due to
 the last one through, divided by chunks: pacing and making the chunk included, on both sides. Latency runs from the
-scheduled moment of a chunk to its arrival at the sink. The two kinds take turns, so a busy machine hurts both.
+scheduled moment of a chunk to its arrival at the sink. Both kinds run on the event loop that the server has (uvloop,
+where there is one) and on asyncio's own; they take turns, so a busy machine hurts all.
 """
 
 from __future__ import annotations
@@ -109,21 +110,39 @@ def queues(sessions: int, chunks: int, begin: float, latencies: Latencies) -> li
 def run(sessions: int = 200, seconds: float = 5.0, repeats: int = 3, write: bool = True) -> dict[str, Any]:
     """Measure; returns (and writes to ``results/runtime.json``) CPU microseconds a chunk and latencies of both kinds.
 
-    The figure of a kind is the median of its repeats; all are kept.
+    The figure of a kind is the median of its repeats; all are kept. ``loops`` has them per event loop, the top level
+    repeats those of the server's.
     """
     kinds: dict[str, Kind] = {"antiphon": graphs, "asyncio_queue": queues}
-    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    loops = event_loops()
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {(loop, kind): [] for loop in loops for kind in kinds}
     for _ in range(repeats):
-        for kind, make in kinds.items():
-            runs[kind].append(asyncio.run(_measure(make, sessions, round(seconds / PERIOD))))
-    numbers: dict[str, Any] = {"sessions": sessions, "stages": STAGES, "chunk_ms": PERIOD * 1e3, "seconds": seconds}
-    for kind, results in runs.items():
-        numbers[kind] = {key: round(median(one[key] for one in results), 3) for key in results[0]} | {"runs": results}
-    numbers["ratio"] = round(numbers["antiphon"]["cpu_us_per_chunk"] / numbers["asyncio_queue"]["cpu_us_per_chunk"], 3)
+        for (loop, kind), results in runs.items():
+            with asyncio.Runner(loop_factory=loops[loop]) as runner:
+                results.append(runner.run(_measure(kinds[kind], sessions, round(seconds / PERIOD))))
+    figures: dict[str, dict[str, Any]] = {loop: {} for loop in loops}
+    for (loop, kind), results in runs.items():
+        middle = {key: round(median(one[key] for one in results), 3) for key in results[0]}
+        figures[loop][kind] = middle | {"runs": results}
+    for one in figures.values():
+        one["ratio"] = round(one["antiphon"]["cpu_us_per_chunk"] / one["asyncio_queue"]["cpu_us_per_chunk"], 3)
+    loop = next(iter(loops))
+    numbers = {"sessions": sessions, "stages": STAGES, "chunk_ms": PERIOD * 1e3, "seconds": seconds, "loop": loop}
+    numbers |= figures[loop] | {"loops": figures}
     if write:
         command = f"antiphon bench runtime --sessions {sessions} --seconds {seconds:g} --repeats {repeats}"
         write_result("runtime", command, numbers)
     return numbers
+
+
+def event_loops() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The server's first."""
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    try:
+        import uvloop
+    except ImportError:
+        return loops
+    return {"uvloop": uvloop.new_event_loop, **loops}
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -135,10 +154,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--no-write", dest="write", action="store_false", help="leave results/runtime.json as it is")
     numbers = run(**vars(parser.parse_args(arguments)))
     print(f"{numbers['sessions']} sessions, {STAGES} stages, a chunk each {PERIOD * 1e3:g} ms")
-    for kind in ("antiphon", "asyncio_queue"):
-        one = numbers[kind]
+    for loop, kind in ((loop, kind) for loop in numbers["loops"] for kind in ("antiphon", "asyncio_queue")):
+        one = numbers["loops"][loop][kind]
         print(
-            f"{kind:<14}{one['cpu_us_per_chunk']:7.1f} us of CPU a chunk, {one['core_share']:.0%} of a core, "
+            f"{loop:<8} {kind:<14}{one['cpu_us_per_chunk']:7.1f} us of CPU a chunk, {one['core_share']:.0%} of a core, "
             f"latency p50 {one['latency_ms_p50']:.2f} ms, p99 {one['latency_ms_p99']:.2f} ms"
         )
 
