@@ -56,7 +56,7 @@ class Harmonics(nn.Module):
     """Pitch to an excitation signal.
 
     rate: samples a second. step: samples a frame, an even number. harmonics: how many, the fundamental included.
-    amplitude: of a harmonic, and three times that of noise where there is no voice. noise: amplitude of noise under
+    amplitude: of a harmonic, and three times that of the noise where there is no voice. noise: its amplitude under
     voice. threshold: hertz up to which there is no voice.
     """
 

@@ -19,6 +19,8 @@ from .kaldi_fbank import SAMPLE_RATE, KaldiFbank
 
 __all__ = ["SAMPLE_RATE", "SpeakerEmbedding"]
 
+_MELS = 80  # where the file leaves their number open
+
 
 class SpeakerEmbedding:
     """path: the ONNX file. providers: see ``ort.open_session``.
@@ -30,11 +32,12 @@ class SpeakerEmbedding:
     def __init__(self, path: str | PathLike[str], *, providers: Sequence[str] = CPU) -> None:
         self._session = open_session(path, providers)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(inputs[0].shape) != 3 or not isinstance(inputs[0].shape[2], int):
+        if len(inputs) != 1 or len(inputs[0].shape) != 3:
             shapes = ", ".join(f"{value.name} {value.shape}" for value in inputs)
             raise CheckpointError(f"{path}: takes {shapes}; a speaker model takes filter banks [clips, frames, mels]")
         self._input, self._output = inputs[0].name, outputs[0].name
-        self._fbank = KaldiFbank(inputs[0].shape[2])
+        mels = inputs[0].shape[2]
+        self._fbank = KaldiFbank(mels if isinstance(mels, int) else _MELS)
 
     def __call__(self, pcm: NDArray[np.float32] | Tensor) -> Tensor:
         """``[n]`` samples at 16 kHz, at least 400 -> ``[width]`` float32 (192 for CAM++), of any length.

@@ -193,12 +193,12 @@ class OnnxSpeechTokenizer(Tokenizes):
         self._session = open_session(path, providers)
         inputs = self._session.get_inputs()
         shapes = [value.shape for value in inputs]
-        if [len(shape) for shape in shapes] != [3, 1] or not isinstance(shapes[0][1], int):
+        if [len(shape) for shape in shapes] != [3, 1]:
             told = ", ".join(f"{value.name} {value.shape}" for value in inputs)
             raise CheckpointError(f"{path}: takes {told}; a speech tokenizer takes [clips, mels, frames] and [clips]")
         self._names = [value.name for value in inputs]
         self._output = self._session.get_outputs()[0].name
-        self.mels = shapes[0][1]
+        self.mels = shapes[0][1] if isinstance(shapes[0][1], int) else SpeechTokenizerConfig.mels
 
     def _encode(self, mel: Tensor) -> Tensor:
         feed = dict(zip(self._names, (mel.numpy(), np.array([mel.shape[2]], np.int32)), strict=True))

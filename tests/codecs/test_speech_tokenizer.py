@@ -135,7 +135,7 @@ def save_onnx(
     return path
 
 
-def tokenizer_file(path: Path, mels: int = 128) -> Path:
+def tokenizer_file(path: Path, mels: int | str = 128) -> Path:
     """Takes what the published file takes. Its tokens are each fourth frame's lowest band, rounded, plus how many
     frames it was told."""
     nodes = [
@@ -161,9 +161,9 @@ def tokenizer_file(path: Path, mels: int = 128) -> Path:
     return save_onnx(path, nodes, inputs, {"indices": (TensorProto.INT32, ["one", "n"])}, constants)
 
 
-@pytest.mark.parametrize("mels", [128, 80])
-def test_the_publishers_file_gets_what_it_takes(tmp_path: Path, mels: int) -> None:
-    tokenizer = OnnxSpeechTokenizer(tokenizer_file(tmp_path / "tokenizer.onnx", mels))
+@pytest.mark.parametrize(("declared", "mels"), [(128, 128), (80, 80), ("mels", 128)])
+def test_the_publishers_file_gets_what_it_takes(tmp_path: Path, declared: int | str, mels: int) -> None:
+    tokenizer = OnnxSpeechTokenizer(tokenizer_file(tmp_path / "tokenizer.onnx", declared))
     pcm = clip(16_160)
     tokens = tokenizer.tokenize(pcm.numpy())
     mel = WhisperMel(mels, normalize=False)(pcm[None])
@@ -173,15 +173,16 @@ def test_the_publishers_file_gets_what_it_takes(tmp_path: Path, mels: int) -> No
         tokenizer.tokenize(clip(100))
 
 
-def speaker_file(path: Path) -> Path:
+def speaker_file(path: Path, mels: int | str = 80) -> Path:
     """The loudest value of each band over the clip."""
     nodes = [helper.make_node("ReduceMax", ["fbank"], ["embedding"], axes=[1], keepdims=0)]
-    inputs = {"fbank": (TensorProto.FLOAT, ["B", "T", 80])}
-    return save_onnx(path, nodes, inputs, {"embedding": (TensorProto.FLOAT, ["B", 80])})
+    inputs = {"fbank": (TensorProto.FLOAT, ["B", "T", mels])}
+    return save_onnx(path, nodes, inputs, {"embedding": (TensorProto.FLOAT, ["B", mels])})
 
 
-def test_a_speaker_model_gets_banks_without_their_mean(tmp_path: Path) -> None:
-    model = SpeakerEmbedding(speaker_file(tmp_path / "campplus.onnx"))
+@pytest.mark.parametrize("declared", [80, "mels"])
+def test_a_speaker_model_gets_banks_without_their_mean(tmp_path: Path, declared: int | str) -> None:
+    model = SpeakerEmbedding(speaker_file(tmp_path / "campplus.onnx", declared))
     pcm = clip(20_000)
     made = model(pcm.numpy())
     banks = KaldiFbank()(pcm[None])[0]
