@@ -1,0 +1,133 @@
+"""Sizes of CosyVoice 2's text-speech language model, and the one numbering of everything it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from ..layers.transformer import TransformerConfig
+
+TOKEN_SECONDS = 0.04
+SPECIALS = 3  # rows beyond the speech tokens: end, one that is not used, fill
+STARTS = 2  # start of sequence, start of speech
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """The network; the defaults are those of CosyVoice2-0.5B, a Qwen2-0.5B with a table and a head for speech.
+
+    What the model reads is numbered: speech tokens as they are, then ``end`` and ``fill`` (which are only drawn),
+    ``start`` and ``task``, then text tokens, whose numbers of the tokenizer ``text_id`` turns into these.
+
+    capacity: positions that a session can hold: prompt, text and speech. prefill: lengths of the steps that read
+    more than one token. kept: dtype of cached keys and values, None for the weights'.
+    """
+
+    text: int = 151936
+    speech: int = 6561
+    width: int = 896
+    layers: int = 24
+    heads: int = 14
+    kv_heads: int = 2
+    feedforward: int = 4864
+    theta: float = 1e6
+    eps: float = 1e-6
+    capacity: int = 2048
+    prefill: tuple[int, ...] = (8, 32, 64)
+    kept: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("text", "speech", "width", "layers", "heads", "kv_heads", "feedforward", "theta", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if list(self.prefill) != sorted(set(self.prefill)) or (self.prefill and self.prefill[0] < 2):
+            raise ValueError(f"prefill must be rising lengths of at least 2, got {self.prefill}")
+        if self.capacity < max(self.lengths):
+            raise ValueError(f"capacity {self.capacity} is below the longest step, of {max(self.lengths)} tokens")
+        _ = self.transformer
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of a step: the variants."""
+        return (1, *self.prefill)
+
+    @property
+    def classes(self) -> int:
+        """What the head tells apart: speech tokens, end and fill."""
+        return self.speech + SPECIALS
+
+    @property
+    def end(self) -> int:
+        """Drawn when all is said."""
+        return self.speech
+
+    @property
+    def fill(self) -> int:
+        """Drawn when more text is needed; never read."""
+        return self.speech + 2
+
+    @property
+    def start(self) -> int:
+        """Read first."""
+        return self.classes
+
+    @property
+    def task(self) -> int:
+        """Read between the last text and the speech."""
+        return self.classes + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Everything that can be read."""
+        return self.classes + STARTS + self.text
+
+    def text_id(self, token: int) -> int:
+        """A token of the tokenizer in the model's numbering. Raises ValueError for one that it does not know."""
+        if not 0 <= token < self.text:
+            raise ValueError(f"text token {token} is not among the {self.text} that the model reads")
+        return self.classes + STARTS + token
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The backbone's blocks."""
+        return TransformerConfig(
+            self.width,
+            self.layers,
+            self.heads,
+            self.feedforward,
+            kv_heads=self.kv_heads,
+            window=self.capacity,
+            longest=max(self.lengths),
+            eps=self.eps,
+            rope="half",
+            theta=self.theta,
+            qkv_bias=True,
+            kv_dtype=self.kept,
+        )
+
+    @classmethod
+    def of_qwen2(cls, settings: Mapping[str, Any], **more: Any) -> Self:
+        """From the ``config.json`` of a Qwen2; more: other fields.
+
+        Raises ValueError for another architecture and KeyError for a setting that is missing.
+        """
+        wanted = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False}
+        for name, value in wanted.items():
+            if settings.get(name, value) != value:
+                raise ValueError(f"{name} is {json.dumps(settings[name])}; this reader knows {json.dumps(value)} only")
+        theta = settings.get("rope_theta") or (settings.get("rope_parameters") or {}).get("rope_theta", 1e6)
+        return cls(
+            text=settings["vocab_size"],
+            width=settings["hidden_size"],
+            layers=settings["num_hidden_layers"],
+            heads=settings["num_attention_heads"],
+            kv_heads=settings["num_key_value_heads"],
+            feedforward=settings["intermediate_size"],
+            theta=theta,
+            eps=settings["rms_norm_eps"],
+            **more,
+        )
