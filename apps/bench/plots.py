@@ -14,6 +14,13 @@ from matplotlib.axes import Axes
 
 COLOURS = {"antiphon": "#0f766e", "nemo_toolkit": "#d97706", "transformers": "#6d28d9", "aiortc": "#d97706"}
 GREY = "#6b7280"
+TRANSPORTS = {"antiphon": "Antiphon", "aiortc": "aiortc"}
+PARTS = {
+    "packet": "a packet's length",
+    "codecs": "Opus, twice",
+    "server_and_network": "server and loopback",
+    "client_buffer": "client's playout buffer",
+}
 
 
 def plot_asr(path: Path) -> Path:
@@ -104,3 +111,53 @@ def plot_transport_loss(path: Path) -> Path:
     figure.savefig(target)
     pyplot.close(figure)
     return target
+
+
+def plot_transport_peers(path: Path) -> Path:
+    """What the time from mouth to ear is made of, and frames delivered and lateness by the number of peers."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    figure, (ear, frames, late) = pyplot.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+    promised = numbers["verdict"]["mouth_to_ear_ms"]["at_most"]
+    _parts(ear, numbers["mouth_to_ear"], promised)
+    for name, label in TRANSPORTS.items():
+        rows = [row for row in numbers["rows"] if row["path"] == name]
+        for axis, key in ((frames, "frames_a_second"), (late, "late_ms_p99")):
+            axis.plot(
+                [row["peers"] for row in rows], [row[key] for row in rows], "o-", color=COLOURS[name], label=label
+            )
+    frames.axhline(50, color=GREY, linestyle="dotted")
+    frames.set_ylabel("frames with sound a second, mean peer")
+    late.axhline(20, color=GREY, linestyle="dotted")
+    late.set_yscale("log")
+    late.set_ylabel("lateness of the event loop, ms, p99")
+    for axis in (frames, late):
+        axis.set_xlabel("peers at 50 frames a second each way, one core")
+    frames.set_ylim(bottom=0)
+    frames.legend(frameon=False, fontsize=8, loc="lower left")
+    for axis in (ear, frames, late):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("An echo over WebRTC on loopback")
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target
+
+
+def _parts(axis: Axes, arms: dict[str, Any], promised: float) -> None:
+    """A bar for each path, of the parts that its time is made of, and a point for each chirp."""
+    names = [name for name in TRANSPORTS if name in arms]
+    lefts = [0.0] * len(names)
+    for shade, (part, label) in enumerate(PARTS.items()):
+        widths = [arms[name]["parts_ms"][part] for name in names]
+        colour = pyplot.get_cmap("viridis")(0.15 + 0.25 * shade)
+        axis.barh(range(len(names)), widths, 0.5, lefts, label=label, color=colour)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    for place, name in enumerate(names):
+        lags = [lag for call in arms[name]["calls"] for lag in call["ms"]]
+        axis.plot(lags, [place + 0.36] * len(lags), "|", color="black", markersize=8)
+    axis.axvline(promised, color=GREY, linestyle="dotted")
+    axis.set_yticks(range(len(names)), [TRANSPORTS[name] for name in names])
+    axis.set_ylim(-0.5, len(names))
+    axis.set_xlabel("ms from mouth to ear (strokes: each chirp)")
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

@@ -7,10 +7,11 @@ process keeps to a core of its own where there are two.
 - *mouth to ear*: a chirp each second, found again in what comes back by cross-correlation. From the moment its first
   sample is spoken (20 ms before its packet can leave) to the moment that sample is due at the client's loudspeaker:
   packetising, Opus both ways, two trips over loopback, the server, and the client's own playout buffer, which is ours
-  for both. Sound cards are not in it.
+  for both. Sound cards are not in it. Several calls each, the one server before the other and then the other way round.
 - *peers*: how many the server carries at 50 frames a second each way. Frames count as delivered when they carry sound:
   a server that fills gaps with silence gains nothing. The knee is the largest number with at least 49.5 of them a
-  second for the mean peer and an event loop at most 20 ms late in 99 of 100 looks (one every 10 ms).
+  second for the mean peer and an event loop at most 20 ms late in 99 of 100 looks (one every 10 ms). CPU time says what
+  a machine shared with others cannot: how many a core would carry. One of the peers listens to chirps too.
 - *refusal*: what the offer after the last place gets.
 """
 
@@ -22,11 +23,12 @@ import socket
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 from unittest import mock
 
@@ -50,6 +52,7 @@ from ...transport.service import Service
 from ...transport.webrtc.receiver import attach, with_fec
 from ...transport.webrtc.routes import routes
 from .common import command_line, write_result
+from .plots import plot_transport_peers
 from .transport_call import PTIME, Talk
 
 MODULE = "antiphon.apps.bench.transport_peers"
@@ -62,6 +65,7 @@ LOOK = 0.01  # seconds between looks at how late the server's event loop is
 SOUND_BYTES = 32  # a packet of the test sound is larger, one of silence smaller
 FRAMES, LATE_MS = 49.5, 20.0  # a second at least, at the 99th percentile at most
 LATENCY_MS, PEERS = 110, 40  # promised
+LOOKAHEAD_MS = 6.5  # of libopus for speech, once for each of the two encoders
 STATM = Path("/proc/self/statm")
 CORES = sorted(os.sched_getaffinity(0))  # the first is the server's, the last the clients'
 
@@ -97,12 +101,11 @@ def resident_bytes() -> int:
     return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Usage:
-    """CPU time, memory, and how late the event loop is, since the last time ``report`` was asked for."""
+class Lateness:
+    """How late the running event loop is, in milliseconds, at every look since ``take``."""
 
     def __init__(self) -> None:
         self._late: list[float] = []
-        self._since, self._cpu = time.monotonic(), time.process_time()
 
     async def watch(self) -> None:
         """Look at the loop for ever."""
@@ -111,29 +114,48 @@ class Usage:
             await asyncio.sleep(LOOK)
             self._late.append(1000 * (time.monotonic() - due))
 
+    def take(self) -> float:
+        """The 99th percentile."""
+        late, self._late = self._late or [0.0], []
+        return float(np.percentile(late, 99))
+
+
+class Usage:
+    """CPU time, memory, how late the event loop is and what its peers lacked, since ``report`` was last asked for.
+
+    peers: what is known of each; empty for stock.
+    """
+
+    def __init__(self, peers: Callable[[], list[dict[str, Any]]]) -> None:
+        self.lateness, self._peers = Lateness(), peers
+        self._before: dict[str, float] = {}
+        self._since, self._cpu = time.monotonic(), time.process_time()
+
     async def report(self, request: Request) -> Response:
         """``GET /usage``."""
         del request
-        now, cpu, late = time.monotonic(), time.process_time(), self._late or [0.0]
-        found = {
-            "seconds": now - self._since,
-            "cpu_seconds": cpu - self._cpu,
-            "late_ms_p99": float(np.percentile(late, 99)),
-            "rss_mib": resident_bytes() / 2**20,
-        }
-        self._late, self._since, self._cpu = [], now, cpu
-        return JSONResponse(found)
+        now, cpu = time.monotonic(), time.process_time()
+        found = {"seconds": now - self._since, "cpu_seconds": cpu - self._cpu, "late_ms_p99": self.lateness.take()}
+        self._since, self._cpu = now, cpu
+        counts = Counter(gaps=0, concealed_ms=0)
+        for peer in self._peers():
+            counts["gaps"] += peer["sender"]["gaps"]
+            counts["concealed_ms"] += peer["receiver"]["concealed"] * 1000 // RATE
+        found |= {name: count - self._before.get(name, 0) for name, count in counts.items()}
+        self._before = dict(counts)
+        return JSONResponse(found | {"rss_mib": resident_bytes() / 2**20})
 
 
 async def serve(path: str, max_calls: int) -> None:
     """Serve until standard input ends; the first line printed is the port."""
-    usage = Usage()
     service = Service(echo, None, max_calls=max_calls)
     offers = routes(service) if path == "antiphon" else stock_routes()
+    running = getattr(getattr(offers[0], "endpoint", None), "__self__", None)  # the peers of ``routes``
+    usage = Usage(lambda: [peer.statistics() for peer, _ in running.running.values()] if running else [])
     app = Starlette(routes=[*offers, Route("/usage", usage.report)])
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
-    tasks = [asyncio.create_task(usage.watch()), asyncio.create_task(server.serve([listening]))]
+    tasks = [asyncio.create_task(usage.lateness.watch()), asyncio.create_task(server.serve([listening]))]
     print(listening.getsockname()[1], flush=True)
     await asyncio.to_thread(sys.stdin.buffer.read)
     await service.close()
@@ -236,66 +258,106 @@ def lags(heard: Samples, began: float) -> list[float]:
     return found
 
 
+class Ear:
+    """What a client hears of its own chirps, as a loudspeaker would play it, from ``WARM_UP`` seconds on."""
+
+    def __init__(self, talk: Talk, receiver: RTCRtpReceiver) -> None:
+        self.talk, self.audio = talk, attach(receiver, paced=True)
+        self._pieces: list[Samples] = []
+        self._origins: list[float] = []  # the time at which the first sample was due, as each frame tells it
+
+    async def listen(self, seconds: float = float("inf")) -> None:
+        """For so many seconds after the warm-up."""
+        async for played in self.audio:
+            self._pieces.append(played.samples)
+            self._origins.append(time.monotonic() - played.position / RATE)
+            if len(self._pieces) * PTIME > seconds + WARM_UP:
+                return
+
+    def lags(self) -> list[float]:
+        """Milliseconds from mouth to ear, of each chirp."""
+        spoken, skipped = self.talk.sent_at[0] - PTIME, round(WARM_UP / PTIME)
+        if len(self._pieces) <= skipped:
+            return []
+        began = min(self._origins[skipped:]) + WARM_UP - spoken  # a pull is never early: the least is the playout clock
+        return lags(np.concatenate(self._pieces[skipped:]), began)
+
+
 async def mouth_to_ear(path: str, seconds: float) -> dict[str, Any]:
-    """The lags of a call."""
-    whole = PERIOD * np.ceil(seconds + WARM_UP + 1)
-    client = Client(encoded(chirps(SENT_RATE, whole)))
-    pieces: list[Samples] = []
-    origins: list[float] = []  # the time at which the first frame was due, as each frame tells it
+    """The lags of a call, and what they are made of."""
+    client = Client(encoded(chirps(SENT_RATE, PERIOD * np.ceil(seconds + WARM_UP + 1))))
     async with serving(path) as http:
         try:
-            receiver = await client.connect(http)
-            audio = attach(receiver, paced=True)
-            async for played in audio:
-                pieces.append(played.samples)
-                origins.append(time.monotonic() - played.position / RATE)
-                if len(pieces) * PTIME > seconds + WARM_UP:
-                    break
+            ear = Ear(client.talk, await client.connect(http))
+            await ear.listen(seconds)
         finally:
             await client.peer.close()
-    spoken = client.talk.sent_at[0] - PTIME
-    skipped = round(WARM_UP / PTIME)
-    began = min(origins[skipped:]) + WARM_UP - spoken  # a pull is never early: the least of them is the playout clock
-    found = lags(np.concatenate(pieces[skipped:]), began)
+    found, stats = ear.lags(), ear.audio.stats
+    parts = {"packet": 1000 * PTIME, "codecs": 2 * LOOKAHEAD_MS, "client_buffer": stats.delay_ms}
+    parts["server_and_network"] = median(found) - sum(parts.values())
     return {
-        "chirps": len(found),
-        "ms_p50": round(median(found), 1),
-        "ms_least": round(min(found), 1),
-        "ms_most": round(max(found), 1),
         "ms": [round(lag, 1) for lag in found],
-        "client_buffer_ms": round(audio.stats.delay_ms, 1),
+        "parts_ms": {name: round(part, 1) for name, part in parts.items()},
+        "client_concealed_ms": round(1000 * stats.concealed / RATE),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def summary(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several calls: the middle of their chirps, the extremes, and the middle of each part."""
+    every = [lag for call in calls for lag in call["ms"]]
+    names = calls[0]["parts_ms"]
+    return {
+        "chirps": len(every),
+        "ms_p50": round(median(every), 1),
+        "ms_least": min(every),
+        "ms_most": max(every),
+        "parts_ms": {name: round(median(call["parts_ms"][name] for call in calls), 1) for name in names},
+        "calls": list(calls),
     }
 
 
 async def peers(path: str, count: int, seconds: float) -> dict[str, Any]:
-    """``count`` clients at once, and one more than the server has places for."""
+    """``count`` clients at once, the last of which listens, and one more than the server has places for."""
     payloads = encoded(chirps(SENT_RATE, 10 * PERIOD))
     clients = [Client(payloads) for _ in range(count)]
+    lateness = Lateness()
+    tasks = [asyncio.create_task(lateness.watch())]
     async with serving(path, max_calls=count) as http:
         try:
-            for client in clients:
+            for client in clients[:-1]:
                 await client.connect(http)
+            ear = Ear(clients[-1].talk, await clients[-1].connect(http))
+            tasks.append(asyncio.create_task(ear.listen()))
             await asyncio.sleep(WARM_UP)
             await http.get("/usage")
-            before, cpu, began = [client.frames for client in clients], time.process_time(), time.monotonic()
+            lateness.take()
+            before, cpu, began = [client.frames for client in clients[:-1]], time.process_time(), time.monotonic()
             await asyncio.sleep(seconds)
-            after, took = [client.frames for client in clients], time.monotonic() - began
+            after, took = [client.frames for client in clients[:-1]], time.monotonic() - began
             client_cpu = (time.process_time() - cpu) / took
             usage = (await http.get("/usage")).json()
             refused = await _refusal(http, payloads) if path == "antiphon" else None
         finally:
-            await asyncio.gather(*(client.peer.close() for client in clients))
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*(client.peer.close() for client in clients), *tasks, return_exceptions=True)
     rates = [(end - begin) / took for begin, end in zip(before, after, strict=True)]
+    heard = ear.lags()
     row = {
         "path": path,
         "peers": count,
-        "frames_a_second": round(sum(rates) / count, 2),
+        "frames_a_second": round(mean(rates), 2),
         "frames_a_second_least": round(min(rates), 2),
         "late_ms_p99": round(usage["late_ms_p99"], 1),
+        "mouth_to_ear_ms": round(median(heard), 1) if heard else None,
+        "gaps": usage["gaps"],
+        "concealed_ms": usage["concealed_ms"],
         "cpu": round(usage["cpu_seconds"] / usage["seconds"], 3),
         "cpu_us_per_peer_per_20_ms": round(1e6 * usage["cpu_seconds"] / usage["seconds"] * PTIME / count),
         "rss_mib": round(usage["rss_mib"]),
         "client_cpu": round(client_cpu, 3),
+        "client_late_ms_p99": round(lateness.take(), 1),
         "load_average": round(os.getloadavg()[0], 2),
     }
     return row | ({"refused": refused} if refused else {})
@@ -332,12 +394,16 @@ def verdict(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def measure(options: Any) -> dict[str, Any]:
-    """Both paths, one after the other."""
+    """Both paths, taking turns."""
     numbers: dict[str, Any] = {"aiortc": version("aiortc"), "seconds": options.seconds, "mouth_to_ear": {}, "rows": []}
+    calls: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}
     with mock.patch.object(aioice.ice, "get_host_addresses", return_value=["127.0.0.1"]):
-        for path in PATHS:
-            one = numbers["mouth_to_ear"][path] = await mouth_to_ear(path, options.latency_seconds)
-            print(f"{path}: mouth to ear {one}", flush=True)
+        for number in range(options.calls):
+            for path in PATHS if number % 2 == 0 else reversed(PATHS):
+                one = await mouth_to_ear(path, options.latency_seconds)
+                calls[path].append(one)
+                print(f"{path}: mouth to ear {one}", flush=True)
+        numbers["mouth_to_ear"] = {path: summary(made) for path, made in calls.items() if made}
         for path, counts in zip(PATHS, (options.peers, options.stock_peers), strict=True):
             for count in counts:
                 row = await peers(path, count, options.seconds)
@@ -349,10 +415,11 @@ async def measure(options: Any) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     """See the module."""
     parser = ArgumentParser(prog=f"python -m {MODULE}", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--seconds", type=float, default=6.0, help="measured of each number of peers (%(default)s)")
-    parser.add_argument("--latency-seconds", type=float, default=12.0, help="measured of each echo (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="measured of each number of peers (%(default)s)")
+    parser.add_argument("--latency-seconds", type=float, default=7.0, help="measured of each echo (%(default)s)")
+    parser.add_argument("--calls", type=int, default=4, help="of each echo (%(default)s)")
     parser.add_argument("--peers", type=int, nargs="*", default=[10, 20, 30, 40, 50], help="%(default)s")
-    parser.add_argument("--stock-peers", type=int, nargs="*", default=[10, 20, 30], help="%(default)s")
+    parser.add_argument("--stock-peers", type=int, nargs="*", default=[10, 20], help="%(default)s")
     parser.add_argument("--no-write", dest="write", action="store_false", help="leave results/ as it is")
     parser.add_argument("--serve", choices=PATHS, help="be the server (used by the benchmark itself)")
     parser.add_argument("--core", type=int, default=CORES[0], help="of that server")
@@ -370,7 +437,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, one in numbers["verdict"].items():
         print(f"{name}: {one}")
     if options.write:
-        write_result("transport_peers", command_line(MODULE, arguments), numbers)
+        plot_transport_peers(write_result("transport_peers", command_line(MODULE, arguments), numbers))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from antiphon.apps.bench import transport_peers as bench
+from antiphon.apps.bench.common import write_result
+from antiphon.apps.bench.plots import PARTS, TRANSPORTS, plot_transport_peers
 from antiphon.codecs import opus
 
 
@@ -44,8 +47,30 @@ def test_the_knee_is_the_largest_number_that_is_carried() -> None:
 
 def test_two_peers_get_their_sound_back_and_a_third_is_refused() -> None:
     with mock.patch.object(aioice.ice, "get_host_addresses", return_value=["127.0.0.1"]):
-        found = asyncio.run(bench.peers("antiphon", 2, 1.0))
+        found = asyncio.run(bench.peers("antiphon", 2, 2.0))
     assert found["refused"]["status"] == 503
     assert int(found["refused"]["retry_after"]) > 0
     assert found["frames_a_second"] > 25
+    assert found["gaps"] >= 0
+    assert found["concealed_ms"] >= 0
     assert 0 < found["cpu"] < 1
+    assert 20 + 2 * bench.LOOKAHEAD_MS < found["mouth_to_ear_ms"] < 1000 * bench.LONGEST
+
+
+def call(*lags: float) -> dict[str, Any]:
+    parts = {"packet": 20.0, "codecs": 13.0, "client_buffer": 20.0, "server_and_network": lags[0] - 53}
+    return {"ms": list(lags), "parts_ms": parts}
+
+
+def test_calls_are_summed_up_and_drawn(tmp_path: Path) -> None:
+    arms = {"antiphon": bench.summary([call(70, 71, 70), call(90, 91)]), "aiortc": bench.summary([call(140, 141)])}
+    assert (arms["antiphon"]["chirps"], arms["antiphon"]["ms_p50"], arms["antiphon"]["ms_most"]) == (5, 71, 91)
+    assert arms["antiphon"]["parts_ms"]["server_and_network"] == 27
+    rows = [row(10, 50, 3) | {"refused": {"status": 503}}, row(40, 50, 12), row(50, 30, 90) | {"path": "aiortc"}]
+    numbers: dict[str, Any] = {"mouth_to_ear": arms, "rows": rows}
+    numbers["verdict"] = bench.verdict(numbers)
+    assert numbers["verdict"]["mouth_to_ear_ms"] == {"measured": 71, "at_most": 110}
+    assert numbers["verdict"]["peers_per_core"] == {"measured": 40, "at_least": 40}
+    picture = plot_transport_peers(write_result("transport_peers", "none", numbers, tmp_path))
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(label in drawn for label in (*TRANSPORTS.values(), *PARTS.values()))

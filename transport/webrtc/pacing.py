@@ -16,12 +16,14 @@ from ...pipelines.clock import Clock
 FRAME = 0.02  # seconds
 TICKS = round(FRAME * CLOCK_RATE)
 PATIENCE = 0.06  # seconds that a frame may be late for want of sound; then there is a gap
-BEHIND = 0.2  # seconds that may be caught up on; beyond them sending goes on from now
+LATE = 0.003  # seconds after which a timer fires late
+CATCH_UP = 0.1  # seconds that late sound may be caught up on
+BEHIND = 0.4  # seconds that a sender held up may catch up on; beyond them sending goes on from now
 LEAD_STEP, LONGEST_LEAD = 0.02, 0.1  # seconds that a gap adds to the lead, up to
 QUIET = 500  # frames of sound without a gap, after which half a step is taken back
 WINDOW = 50  # frames of sound of which the one that waited least is looked for
 EXCESS = 0.002  # seconds that a wait may be too long
-AHEAD = 0.1  # seconds: sound that always waits longer is made ahead, not as it is heard
+AHEAD = 0.3  # seconds: sound that always waits longer is made ahead, not as it is heard
 
 
 class Alarm:
@@ -38,20 +40,31 @@ class Alarm:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def wait(self, until: float = float("inf")) -> bool:
-        """Wait for ``ring``, at the latest until a time on the clock; whether it rang since the last wait."""
-        if not self._rung and (left := until - self.clock.now()) > 0:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = loop.call_later(left, _wake, self._waiter) if left < float("inf") else None
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
+    async def wait(self, until: float = float("inf"), *, fair: bool = False) -> bool:
+        """Wait for ``ring``, at the latest until a time on the clock; whether it rang since the last wait.
+
+        fair: an event loop that comes to it late may be as late with what would have rung: wait as long again.
+        """
+        if not self._rung:
+            await self._sleep(until)
+        if fair and not self._rung and (late := self.clock.now() - until) > LATE:
+            await self._sleep(self.clock.now() + min(late, PATIENCE))
         rung, self._rung = self._rung, False
         return rung
+
+    async def _sleep(self, until: float) -> None:
+        left = until - self.clock.now()
+        if left <= 0:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        timer = loop.call_later(left, _wake, waiter) if left < float("inf") else None
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -71,7 +84,7 @@ class Pace:
         self.due, self.ticks, self.lead = now, 0, lead
         self.gaps = self.late = 0
         self._sent = now
-        self._early = 0.0  # seconds by which the utterance began before its first packet was due
+        self._early = 0.0  # seconds by which the utterance is ahead of what went before it
         self._least = AHEAD  # that the sound of a frame waited, of the last frames
         self._looked = self._quiet = 0  # frames of sound since then; since a gap
 
@@ -87,7 +100,7 @@ class Pace:
         self._least, self._looked = AHEAD, 0
 
     def end(self) -> None:
-        """Sound ends: the silence after it makes up for the one that was cut short."""
+        """Sound ends: the silence after it makes up for what was sent early."""
         self.due += self._early
         self._early = 0.0
 
@@ -118,12 +131,13 @@ class Pace:
         """Follow the times at which sound comes: later at once, earlier when a whole window was."""
         if came > self.due:
             self.late += came - self.due > EXCESS
-            self.due = max(self.due, now - PATIENCE)
+            self.due = max(self.due, now - CATCH_UP)
         self._least = min(self._least, now - came)
         self._looked += 1
         if self._looked == WINDOW:
             if self._least < AHEAD and self._least - self.lead > EXCESS:
-                self.due -= min(self._least - self.lead, FRAME)
+                sooner = min(self._least - self.lead, FRAME)
+                self.due, self._early = self.due - sooner, self._early + sooner
             self._least, self._looked = AHEAD, 0
         self._quiet += 1
         if self._quiet == QUIET:

@@ -1,7 +1,8 @@
 """The adaptive playout buffer: RTP packets of Opus in, whenever they arrive; a steady stream of samples out.
 
 A pure object: it reads no clock and knows no network. ``push`` takes a packet and the time it arrived; ``pull`` is
-called once a frame with the time at which that frame is due, and always returns one. In between:
+called once a frame with the time at which that frame is due, and always returns one; whoever has no loudspeaker may
+call it sooner, as soon as the frame is ``complete``. In between:
 
 - The buffer plays so far behind the sender that most of the last packets would have been in time (``jitter.py``), and
   no further. It moves there by cutting out or repeating whole periods of the sound (``codecs/timescale.py``), and at
@@ -242,16 +243,15 @@ class PlayoutBuffer:
         """Whether all sound of the frame due then has come, and that of a splice where one is wanted."""
         if not self._started or self._resting:
             return bool(self._packets) and self._due(self._packets[0], due)
-        lacking = self.frame - len(self._samples)
-        if due - self.media_position / self.rate - self._target() > SLACK[1]:
-            lacking += self._longest_lag
-        end = self._end
+        there, end = len(self._samples), self._end
         for packet in self._packets:
-            if lacking <= 0 or abs(packet.position - end) >= self._step:
+            if abs(packet.position - end) >= self._step:
                 break
-            lacking -= packet.count
+            there += packet.count
             end += packet.count
-        return lacking <= 0
+            if there >= self.frame + self._longest_lag:
+                return True
+        return there >= self.frame and due - self.media_position / self.rate - self._target() <= SLACK[1]
 
     def pull(self, now: float, *, whole: bool = False) -> Played:
         """The frame that is due at ``now``; ``whole``: with what was decoded beyond it."""

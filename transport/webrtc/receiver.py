@@ -104,7 +104,7 @@ class AudioReceiver(AsyncIterator[Played]):
         if self.paced and not self._closed:
             await self.clock.sleep_until(self._due)
         while not (self.paced or self._closed or self.buffer.complete(self._due)):
-            if not await self._changed.wait(self._due):
+            if not await self._changed.wait(self._due, fair=True):
                 break
         if self._closed:
             raise StopAsyncIteration

@@ -32,6 +32,7 @@ MOST = 10.0  # seconds that wait before ``write`` does
 PLENTY = 0.1  # seconds of sound that need no lead
 SETTLED = 25  # silent frames after which the next would be the same
 SOON = 1e-4  # seconds: a timer's inexactness
+TIME_BASE = Fraction(1, CLOCK_RATE)
 
 Samples = NDArray[np.float32]
 
@@ -149,7 +150,7 @@ class AudioSender(MediaStreamTrack):
         """The packet to send now, in time. Raises MediaStreamError after the end."""
         if not self.packets:
             self.pace.due = self.clock.now()
-        while self.readyState == "live" and await self._news.wait(self._when()):
+        while self.readyState == "live" and await self._news.wait(self._when(), fair=self._lacks):
             pass
         if self.readyState != "live":
             raise MediaStreamError
@@ -158,14 +159,14 @@ class AudioSender(MediaStreamTrack):
         now = self.clock.now()
         payload, came = self._next(now)
         packet: av.Packet[Any] = av.Packet(payload)
-        packet.pts, packet.time_base = self.pace.send(now, came), Fraction(1, CLOCK_RATE)
+        packet.pts, packet.time_base = self.pace.send(now, came), TIME_BASE
         self.packets += 1
         return packet
 
     def _when(self) -> float:
         """The clock time at which to send the next packet, as things are."""
         if self._speaking:
-            return self.pace.due if self._complete() else self.pace.patient
+            return self.pace.patient if self._lacks else self.pace.due
         return min(self.pace.due, self._begins())
 
     def _begins(self) -> float:
@@ -175,9 +176,10 @@ class AudioSender(MediaStreamTrack):
         came = self._pieces[0].at
         return came if self._queued >= PLENTY * RATE or self._ended() else came + self.pace.lead
 
-    def _complete(self) -> bool:
-        """Whether there is sound for a frame: enough of it, or the end of an utterance."""
-        return self._queued >= SAMPLES or self._ended()
+    @property
+    def _lacks(self) -> bool:
+        """Whether an utterance has begun of which there is not enough for a frame, nor its end."""
+        return self._speaking and self._queued < SAMPLES and not self._ended()
 
     def _ended(self) -> bool:
         return any(piece.final for piece in self._pieces)
@@ -189,7 +191,7 @@ class AudioSender(MediaStreamTrack):
             self.pace.begin(now)
             lacking = 0 if self._ended() else max(0, SAMPLES - self._queued)  # a resampler keeps a little back
             return self._sound(lacking)
-        if self._speaking and not self._complete():
+        if self._lacks:
             self.pace.run_out(now)
             left = self._sound() if self._queued else None
             self._rest()

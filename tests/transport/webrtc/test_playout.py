@@ -386,6 +386,48 @@ def test_without_libopus_it_still_plays(packets: list[bytes]) -> None:
     assert delay_at(run, 5) < 50
 
 
+def taken_at_once(arrivals: list[Arrival], seconds: float) -> tuple[PlayoutBuffer, list[tuple[float, float, Played]]]:
+    """As a reader without a loudspeaker takes it: when a frame was handed out, when it was due, and the frame."""
+    buffer, frames, due, last = PlayoutBuffer(opus.decoder(RATE), FRAME), [], None, 0.0
+    for now, *rest in [*arrivals, (seconds, 0, 0, b"")]:
+        while due is not None and (due <= now or buffer.complete(due)):
+            at = max(last, frames[-1][0] if frames else 0.0) if buffer.complete(due) else due
+            frames.append((at, due, buffer.pull(due, whole=True)))
+            due += len(frames[-1][2].samples) / RATE
+        if rest[2]:
+            buffer.push(*rest, now)
+        last, due = now, buffer.begins() if due is None else due
+    return buffer, frames
+
+
+@pytest.mark.parametrize(("loss", "jitter"), [(0.0, 0.0), (0.0, 0.06), (0.05, 0.0), (0.05, 0.06)])
+def test_a_reader_without_a_loudspeaker_gets_the_same_sooner(packets: list[bytes], loss: float, jitter: float) -> None:
+    arrivals = sent(packets, loss=loss, jitter=jitter)
+    paced = Run(arrivals, 11.9).check()
+    buffer, frames = taken_at_once(arrivals, 11.9)
+    stats, count = buffer.stats, sum(len(played.samples) for _, _, played in frames)
+    assert [played.position for _, _, played in frames] == list(
+        np.cumsum([0, *(len(played.samples) for _, _, played in frames[:-1])])
+    )
+    assert stats.decoded + stats.fec + stats.concealed + stats.silence + stats.inserted - stats.removed == (
+        count + buffer.ready
+    )
+    assert np.mean([due - at for at, due, _ in frames]) > 0.012
+    assert stats.lost <= paced.stats.lost + 1
+    assert stats.late <= paced.stats.late
+    assert stats.concealed + stats.fec <= paced.stats.concealed + paced.stats.fec + 10 * FRAME
+    assert stats.silence <= paced.stats.silence
+
+
+def test_on_a_clean_network_a_frame_is_handed_out_when_its_packet_comes(packets: list[bytes]) -> None:
+    arrivals = sent(packets)
+    _, frames = taken_at_once(arrivals, 11.9)
+    came = {round(at, 6) for at, *_ in arrivals}
+    assert all(round(at, 6) in came for at, _, _ in frames)
+    assert frames[0][0] == pytest.approx(TRANSIT)
+    assert len(frames) > 550  # nearly one for each packet: two together only where a period was cut out
+
+
 _PAYLOADS = st.one_of(
     st.binary(max_size=30),
     st.sampled_from([b"", b"\x08", b"\x78\x00\x01", bytes([0x48]) + bytes(range(40)), b"\xff\xfe", b"\x0b\x83\x01"]),
