@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
-from tiny_duplex import tiny_duplex, tokenizer_bytes
+from tiny_duplex import smallest_duplex, tiny_duplex, tokenizer_bytes
 from tiny_moshi import GREEDY, WINDOW, Live
 
 from antiphon.models.conformer.tokenizer import Source, Tokenizer
@@ -288,38 +288,10 @@ def test_a_character_of_several_bytes_comes_whole() -> None:
     assert [news and news[0] for news in map(said.add, (0, 1, 2, 3, 4))] == [None, None, "€", "€ a", "€ a\ufffd"]
 
 
-SMALL: dict[str, Any] = {
-    "n_q": 2,
-    "dep_q": 1,
-    "delays": [0, 0, 1],
-    "num_layers": 1,
-    "num_heads": 2,
-    "dim": 16,
-    "context": 8,
-    "card": 8,
-    "depformer_num_layers": 1,
-    "depformer_num_heads": 1,
-    "depformer_dim": 8,
-    "depformer_dim_feedforward": 16,
-}
-SMALL_MIMI: dict[str, Any] = {
-    "ratios": (96, 160),
-    "channels": 1,
-    "compress": 1,
-    "width": 8,
-    "heads": 1,
-    "feedforward": 8,
-    "window": 4,
-    "codebooks": 2,
-    "bins": 8,
-    "code_width": 2,
-}
-
-
 @pytest.mark.slow
 def test_an_hour_of_one_session() -> None:
-    """Frames of 1.28 s in place of 0.08: 2812 of them, 350 windows; as many samples out as in, less the first frame."""
-    model = tiny_duplex(mimi=SMALL_MIMI, **SMALL)
+    """Frames of 2.56 s in place of 0.08: 1406 of them, 175 windows; as many samples out as in, less the first frame."""
+    model = smallest_duplex((192, 160))
     frames = 3600 * model.rate // model.frame
 
     def pieces() -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:

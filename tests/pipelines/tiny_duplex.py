@@ -65,3 +65,35 @@ def tiny_duplex(dtype: torch.dtype = torch.float32, mimi: dict[str, Any] | None 
     """changes: of the language model."""
     codec = tiny_mimi(dtype, **(mimi or {}))
     return Duplex(tiny_lm(dtype=dtype, **changes), codec, Tokenizer(Source("tokenizer.model", tokenizer_bytes())))
+
+
+SMALLEST: dict[str, Any] = {
+    "n_q": 2,
+    "dep_q": 1,
+    "delays": [0, 0, 1],
+    "num_layers": 1,
+    "num_heads": 2,
+    "dim": 16,
+    "context": 8,
+    "card": 8,
+    "depformer_num_layers": 1,
+    "depformer_num_heads": 1,
+    "depformer_dim": 8,
+    "depformer_dim_feedforward": 16,
+}
+SMALLEST_MIMI: dict[str, Any] = {
+    "channels": 1,
+    "compress": 1,
+    "width": 8,
+    "heads": 1,
+    "feedforward": 8,
+    "window": 4,
+    "codebooks": 2,
+    "bins": 8,
+    "code_width": 2,
+}
+
+
+def smallest_duplex(ratios: tuple[int, ...] = (32, 30)) -> Duplex:
+    """As few operations as there can be: one codebook each way. ratios: half the samples of a frame, in stages."""
+    return tiny_duplex(mimi=SMALLEST_MIMI | {"ratios": ratios}, **SMALLEST)

@@ -25,41 +25,15 @@ from antiphon.transport.service import Service
 from .serving import serving
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
-from tiny_duplex import tiny_duplex
+from tiny_duplex import smallest_duplex
 
 FRAME = 1920
-SMALL: dict[str, Any] = {
-    "n_q": 2,
-    "dep_q": 1,
-    "delays": [0, 0, 1],
-    "num_layers": 1,
-    "num_heads": 2,
-    "dim": 16,
-    "context": 8,
-    "card": 8,
-    "depformer_num_layers": 1,
-    "depformer_num_heads": 1,
-    "depformer_dim": 8,
-    "depformer_dim_feedforward": 16,
-}
-SMALL_MIMI: dict[str, Any] = {
-    "ratios": (32, 30),
-    "channels": 1,
-    "compress": 1,
-    "width": 8,
-    "heads": 1,
-    "feedforward": 8,
-    "window": 4,
-    "codebooks": 2,
-    "bins": 8,
-    "code_width": 2,
-}
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine("cpu") as made:
-        made.add("converse", tiny_duplex(mimi=SMALL_MIMI, **SMALL), slots=8)
+        made.add("converse", smallest_duplex(), slots=8)
         yield made
 
 
