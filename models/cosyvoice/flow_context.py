@@ -166,7 +166,7 @@ class Cached:
 
     def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
         """voices: ``[voices, ...]`` prompt caches under the names of the state. index: of the pass."""
-        self._shape, self._call, self._index = shape, call, index
+        self._shape, self._call = shape, call
         rate, device = shape.rate, call.seen.device
         self._ring, self._prompt = state[shape.rings][:, index], voices[shape.rings][:, index]
         size, prompt = self._ring.shape[3], self._prompt.shape[3]
@@ -174,37 +174,46 @@ class Cached:
         self._told = int(call.shared.max()) * rate if call.alone else prompt
 
         shared, first, end = ((tokens * rate)[:, None] for tokens in (call.shared, call.start, call.start + call.count))
-        query = first + torch.arange(call.hop * rate, device=device)
-        told = torch.arange(self._told, device=device).expand(len(query), -1)
+        self.queries = first + torch.arange(call.hop * rate, device=device)
+        told = torch.arange(self._told, device=device).expand(len(first), -1)
         # Ring entry r holds the newest position before the call that lies r behind the prompt, modulo the ring.
         newest = first - shared - 1
         held = shared + newest - (newest - torch.arange(self._used, device=device)) % size
-        self.queries, self.keys = query, torch.cat((told, held, query), 1)
-
-        # Padding attends as the last position does, so that no softmax is empty; nor is that of an empty row.
-        like = torch.minimum(query, (end - 1).clamp_min(first))
-        chunk = call.config.chunk * rate
-        begin = torch.maximum(like // chunk * chunk, first)[..., None]
-        until = torch.minimum(like // chunk * chunk + chunk, end)[..., None]
-        own = torch.cat((held, query), 1)[:, None]
-        allowed = (own >= shared[..., None]) & (own < until)
-        if call.limits.rolling:
-            allowed = allowed & (own >= begin - size)
-        prompted = (told < shared)[:, None].expand(-1, query.shape[1], -1)
-        allowed = torch.cat((prompted, allowed), 2) | (call.count == 0)[:, None, None]
+        self.keys = torch.cat((told, held, self.queries), 1)
+        allowed = torch.cat(
+            (
+                (told < shared)[:, None].expand(-1, call.hop * rate, -1),
+                self._own(self.keys[:, None, self._told :], shared, first, end, size),
+            ),
+            2,
+        )
+        # No softmax is empty, not even that of a row without positions.
+        allowed = allowed | (call.count == 0)[:, None, None]
         self.bias = _bias(allowed, state[shape.tails].dtype).repeat_interleave(shape.branches, 0)
 
-        kept = (query < end) & (query >= end - size)
+        kept = (self.queries < end) & (self.queries >= end - size)
         rows = torch.where(kept, call.target[:, None], call.scratch)
         branch = torch.arange(shape.branches, device=device)[:, None]
-        self._write = (rows[:, None], branch, ((query - shared) % size)[:, None])
+        self._write = (rows[:, None], branch, ((self.queries - shared) % size)[:, None])
 
-        tails = state[shape.tails][:, index]
+        self._all_tails = state[shape.tails][:, index]
         fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
         begun = voices[shape.tails][:, index].index_select(0, call.voice)
-        self._tails = torch.where(fresh, begun, tails.index_select(0, call.slots)).flatten(0, 1)
-        self._new_tails, self._tail_rows = tails, end - first
+        self._tails = torch.where(fresh, begun, self._all_tails.index_select(0, call.slots)).flatten(0, 1)
+        self._last = (end - first + torch.arange(shape.keep, device=device)).repeat_interleave(shape.branches, 0)
         self._next = torch.zeros_like(self._tails)
+
+    def _own(self, keys: Tensor, shared: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
+        """``[B, n, m]`` bool: which of the session's own positions ``keys [B, 1, m]`` the queries may attend."""
+        chunk = self._call.config.chunk * self._shape.rate
+        # Padding attends as the last position does.
+        query = torch.minimum(self.queries, (end - 1).clamp_min(first))
+        until = torch.minimum(query // chunk * chunk + chunk, end)
+        allowed = (keys >= shared[..., None]) & (keys < until[..., None])
+        if self._call.limits.rolling:
+            begin = torch.maximum(query // chunk * chunk, first)
+            allowed = allowed & (keys >= begin[..., None] - size)
+        return allowed
 
     def remember(self, layer: int, keys_values: Tensor) -> Tensor:
         ring = self._ring[:, layer]
@@ -217,14 +226,13 @@ class Cached:
     def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
         keep = self._shape.keep
         window = torch.cat((self._tails[:, keep - frames :, columns], x), 1)
-        count = self._tail_rows.repeat_interleave(self._shape.branches, 0)
-        last = (count + torch.arange(frames, device=x.device))[..., None].expand(-1, -1, x.shape[2])
+        last = self._last[:, :frames, None].expand(-1, -1, x.shape[2])
         self._next[:, keep - frames :, columns] = window.gather(1, last)
         return window
 
     def commit(self) -> None:
         """Keep what the next call's convolutions need."""
-        self._new_tails.index_copy_(0, self._call.target, self._next.unflatten(0, (-1, self._shape.branches)))
+        self._all_tails.index_copy_(0, self._call.target, self._next.unflatten(0, (-1, self._shape.branches)))
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,13 +36,14 @@ class Positions:
             (positions - origin).double()[..., None] * rates for positions in (context.queries, context.keys)
         )
         self.sin, self.cos = queries.sin().to(dtype)[:, :, None], queries.cos().to(dtype)[:, :, None]
-        self.keys = torch.cat((keys.cos(), keys.sin()), 2).to(dtype).transpose(1, 2)[:, None]
+        self.keys = torch.cat((keys.cos(), keys.sin()), 2).to(dtype).transpose(1, 2)
 
     def scores(self, x: Tensor) -> Tensor:
         """``[B, n, H, width]``, factors of each sine and cosine in turn, to ``[B, H, n, m]``."""
         sines, cosines = x[..., 0::2], x[..., 1::2]
         turned = torch.cat((sines * self.sin + cosines * self.cos, cosines * self.sin - sines * self.cos), 3)
-        return turned.transpose(1, 2) @ self.keys
+        scores: Tensor = (turned.flatten(1, 2) @ self.keys).unflatten(1, turned.shape[1:3])
+        return scores.transpose(1, 2)
 
 
 class RelativeAttention(nn.Module):

@@ -43,9 +43,10 @@ class StreamingFlow(StreamingModel):
         self.config = flow.config
         self._shapes: tuple[CacheShape, ...] = (*flow.encoder.caches, flow.estimator.cache)
         room = self.config.shared(self.limits.prompt) * RATE
-        self.voices = Voices(self.config, self.limits, self._cache_spec(max(room, RATE)), flow.dtype)
+        weight = flow.speaker.weight
+        self.voices = Voices(self.config, self.limits, self._cache_spec(max(room, RATE)), weight)
         steps = (self.config.steps, self.config.middle_stages + 2, self.config.channels)
-        self.register_buffer("shifts", torch.zeros(steps, dtype=flow.dtype), persistent=False)
+        self.register_buffer("shifts", weight.new_zeros(steps), persistent=False)
 
     @property
     def variants(self) -> tuple[int, ...]:
@@ -109,17 +110,13 @@ class StreamingFlow(StreamingModel):
         row = self.voices.take()
         device = self.shifts.device
         self.voices.introduce(row, mel.to(device), self.flow.project(embedding.to(device)))
-        shared = self.config.shared(len(tokens))
-        if shared:
-            whole = max(self.config.shared(self.limits.prompt), 1) * RATE
-            # One chunk at a time: the caches hold the prompt only, so the private session ends with it.
-            hop = self.config.chunk
-            state = {name: spec.new(2, device) for name, spec in self._spec(whole, hop).items()}
+        if shared := self.config.shared(len(tokens)):
+            # One full step of a session of its own, with caches as long as the table's; nothing of it goes to scratch.
+            specs = self._spec(self.config.shared(self.limits.prompt) * RATE, shared)
+            state = {name: spec.new(1, device) for name, spec in specs.items()}
             slot = torch.zeros(1, dtype=torch.int64, device=device)
-            for start in range(0, shared, hop):
-                heard = torch.tensor([tokens[start : start + hop + self.config.lookahead]], device=device)
-                inputs = {"tokens": heard, "count": slot + hop, "voice": slot + row}
-                self.step(inputs, state, slot, slot == 0)
+            heard = torch.tensor([tokens[: shared + self.config.lookahead]], device=device)
+            self.step({"tokens": heard, "count": slot + shared, "voice": slot + row}, state, slot, slot == 0)
             self.voices.cache(row, shared, state)
         return FlowVoice(row, shared, tuple(tokens[shared:]))
 

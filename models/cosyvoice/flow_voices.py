@@ -35,17 +35,20 @@ class Voices(nn.Module):
     shared: Tensor
     length: Tensor
 
-    def __init__(self, config: FlowConfig, limits: FlowLimits, caches: Specs, dtype: torch.dtype) -> None:
-        """caches: one session's, that hold the longest prompt."""
+    def __init__(self, config: FlowConfig, limits: FlowLimits, caches: Specs, like: Tensor) -> None:
+        """caches: one session's, that hold the longest prompt. like: a tensor of the tables' device and dtype."""
         super().__init__()
         rows = limits.voices
-        self.register_buffer("mel", torch.zeros(rows, limits.prompt * RATE, config.mels, dtype=dtype), persistent=False)
-        self.register_buffer("speaker", torch.zeros(rows, config.mels, dtype=dtype), persistent=False)
-        self.register_buffer("shared", torch.zeros(rows, dtype=torch.int64), persistent=False)
-        self.register_buffer("length", torch.zeros(rows, dtype=torch.int64), persistent=False)
         self._names = {name: name.replace(".", "_") for name in caches}
-        for name, spec in caches.items():
-            self.register_buffer(self._names[name], spec.new(rows), persistent=False)
+        tables = {
+            "mel": like.new_zeros(rows, limits.prompt * RATE, config.mels),
+            "speaker": like.new_zeros(rows, config.mels),
+            "shared": like.new_zeros(rows, dtype=torch.int64),
+            "length": like.new_zeros(rows, dtype=torch.int64),
+            **{self._names[name]: spec.new(rows, like.device) for name, spec in caches.items()},
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.detach(), persistent=False)
         self._free = list(range(rows - 1, -1, -1))
 
     @property
