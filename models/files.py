@@ -6,13 +6,14 @@ import json
 import pickle
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 import yaml
 from torch import Tensor
 
@@ -66,3 +67,20 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         with reading(folder / name):
             tensors |= safetensors.torch.load_file(folder / name)
     return tensors
+
+
+def read_pt(path: Path) -> dict[str, Tensor]:
+    """The weights of a file of ``torch.save``, by name. Nothing in it is run. Raises CheckpointError."""
+    with reading(path):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise CheckpointError(f"{path}: holds no mapping of names to tensors")
+    return dict(weights)
+
+
+def check_keys(found: Collection[str], wanted: Collection[str], what: str) -> None:
+    """Raise ValueError, naming keys, unless a checkpoint has exactly those that ``what`` is made of."""
+    for problem, keys in (("lacks", set(wanted) - set(found)), ("has no place for", set(found) - set(wanted))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{what} {problem} {', '.join(sorted(keys)[:3])}{more}")
