@@ -71,7 +71,7 @@ def test_a_call_is_carried_both_ways(server: str) -> None:
         heard: list[NDArray[np.int16]] = []
         tasks = []
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(45):
                 await pc.set_local_description(await pc.create_offer())
                 await gathered.wait()
                 async with httpx.AsyncClient(base_url=server) as http:

@@ -87,7 +87,7 @@ def test_a_call_is_placed_heard_and_ended(server: str) -> None:
         channel.on("message", lambda text: events.put_nowait(SERVER_EVENT.validate_json(text)))
         await pc.setLocalDescription(await pc.createOffer())
         try:
-            async with asyncio.timeout(25):
+            async with asyncio.timeout(45):
                 created = await client.realtime.calls.create(
                     sdp=pc.localDescription.sdp, session={"type": "realtime", "instructions": "Say it back."}
                 )
