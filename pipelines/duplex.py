@@ -30,6 +30,7 @@ from ..models.streaming import Specs, State, StreamingModel, TensorSpec
 from .chunk import Stale
 from .engine import Lease
 
+DEFAULT = "moshiko"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 

@@ -18,12 +18,14 @@ from ... import load_graph
 from ...models.conformer.checkpoint import CheckpointError, load
 from ...models.conformer.hub import embedded
 from ...models.silero import SileroVAD
+from ...pipelines import duplex
 from ...pipelines.engine import Engine
 from ...pipelines.engine.engines import Engines
 from ...pipelines.graph import Graph
 from ...pipelines.recognizer import Recognizer
 from ...pipelines.served import GRAPHS
 from ...pipelines.spec import SpecError
+from ...pipelines.stages.converse import Converse
 from ...transport.guard import Rules
 from ...transport.protocols import twilio
 from ...transport.service import GraphMaker, Service
@@ -74,7 +76,7 @@ def run(
     async def start() -> None:
         try:
             with console.status("Loading and warming the models"):
-                load = partial(_engine, model, device, lookaheads, max_sessions)
+                load = partial(_engine, service.graph({}), model, device, lookaheads, max_sessions)
                 service.engine, service.native, found = await apart(load)
         except (CheckpointError, ImportError, ValueError) as error:
             failures.append(error)
@@ -180,10 +182,12 @@ def _graph(name: str) -> GraphMaker:
 
 
 def _engine(
-    model: str | None, device: str | None, lookaheads: Sequence[float] | None, slots: int
+    graph: Graph, model: str | None, device: str | None, lookaheads: Sequence[float] | None, slots: int
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if any(isinstance(node, Converse) for node in graph.nodes):
+        return _conversing(model or duplex.DEFAULT, device, slots)
     checkpoint = load(model, device=device)
     recognizer = Recognizer(checkpoint)
     variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
@@ -191,13 +195,23 @@ def _engine(
     main.add("asr", recognizer, slots=slots, variants=variants)
     cpu = main if main.device.type == "cpu" else Engine("cpu")
     cpu.add("vad", SileroVAD(), slots=slots)
-    info = {
-        "model": model or embedded()[0],
-        "parameters": sum(weight.numel() for weight in checkpoint.parameters()),
-        "device": torch.cuda.get_device_name(main.device) if main.device.type == "cuda" else "cpu",
-    }
     native = None if checkpoint.prompt is not None else "en"
-    return (main if cpu is main else Engines(main, cpu)), native, info
+    return (main if cpu is main else Engines(main, cpu)), native, _about(model or embedded()[0], checkpoint, main)
+
+
+def _conversing(model: str, device: str, slots: int) -> tuple[Engine, None, dict[str, Any]]:
+    dialogue = duplex.load(model, device=device)
+    engine = Engine(device)
+    engine.add("converse", dialogue, slots=slots)
+    return engine, None, _about(model, dialogue, engine)
+
+
+def _about(model: str, network: torch.nn.Module, engine: Engine) -> dict[str, Any]:
+    return {
+        "model": model,
+        "parameters": sum(weight.numel() for weight in network.parameters()),
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+    }
 
 
 def _wyoming(service: Service, host: str, port: int | None) -> Callable[[], AbstractAsyncContextManager[None]] | None:

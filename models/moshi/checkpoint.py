@@ -26,6 +26,7 @@ from .names import from_theirs, halves_to_pairs, kyutai, modernise, to_theirs, t
 WEIGHTS, WEIGHTS_8_BIT = "model.safetensors", "model.q8.safetensors"
 MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER = "tokenizer_spm_32k_3.model"
+CODEC = "mimi"  # folder of a codec in a layout of its own
 SHORT = {  # what people call them
     "moshiko": "kyutai/moshiko-pytorch-bf16",
     "moshika": "kyutai/moshika-pytorch-bf16",
@@ -37,7 +38,7 @@ SHORT = {  # what people call them
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's folder and what is where. mimi: None where its weights are among the model's own."""
+    """A checkpoint's folder and what is where. mimi: a file or a folder; None where it is among the model's weights."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -85,6 +86,8 @@ def _files(folder: Path) -> Files:
     hf = "depth_decoder_config" in settings
     weights = None if hf else _named(folder, settings, "moshi_name", (WEIGHTS, WEIGHTS_8_BIT))
     mimi = None if hf else _named(folder, settings, "mimi_name", (MIMI,))
+    if mimi is None and (folder / CODEC).is_dir():
+        mimi = folder / CODEC
     tokenizer = _named(folder, settings, "tokenizer_name", (TOKENIZER, "tokenizer.model"))
     return Files(folder, settings, weights, mimi, tokenizer)
 
