@@ -103,7 +103,7 @@ def test_a_call_is_carried_both_ways(server: str) -> None:
         assert by_type["inbound-rtp"].packets_lost == 0
         assert by_type["inbound-rtp"].concealed_samples < 0.1 * by_type["inbound-rtp"].total_samples_received
         codecs = [one for one in stats.values() if one.type == "codec"]
-        assert [(codec.mime_type, "useinbandfec=1" in codec.sdp_fmtp_line) for codec in codecs] == [
+        assert [(codec.mime_type, "useinbandfec=1" in (codec.sdp_fmtp_line or "")) for codec in codecs] == [
             ("audio/opus", True)
         ] * 2
         assert (theirs["sender"]["gaps"], theirs["sender"]["dropped"]) == (0, 0)
