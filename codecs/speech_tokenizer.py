@@ -3,7 +3,7 @@
 The encoder of a recogniser cut in half (two convolutions of stride 2 and six transformer blocks with rotary positions,
 each with a memory of 31 frames beside its attention) and finite scalar quantisation: eight numbers rounded to three
 levels each (CosyVoice 2, arXiv 2412.10117, section 2.1.2; FSQ, arXiv 2309.15505; the network of the pip package
-``s3tokenizer``). It sees a whole clip of up to 30 s at once.
+``s3tokenizer``). It sees up to 30 s at once; longer sounds are cut into such windows, as that package does it.
 
 :class:`SpeechTokenizer` is the network; :class:`OnnxSpeechTokenizer` runs the publisher's ``speech_tokenizer_v2.onnx``.
 """
@@ -28,10 +28,9 @@ from ..models.ort import CPU, open_session
 from .whisper_mel import WhisperMel
 
 SAMPLE_RATE = 16000
-LONGEST = 30 * SAMPLE_RATE
-"""Samples of the longest clip."""
-
-_SHORTEST = 400
+_SHORTEST = 400  # samples
+_WINDOW, _OVERLAP = 3000, 400  # mel frames seen at once, and shared with the window before
+_RATE = 4  # mel frames a token
 _LEVELS = 3
 _EDGE = 0.9990000128746033  # how near a number may come to a level's end, as published
 
@@ -72,15 +71,20 @@ class Tokenizes(ABC):
         """``[1, mels, frames] -> [n]``."""
 
     def tokenize(self, pcm: NDArray[np.float32] | Tensor) -> Tensor:
-        """A clip ``[n]`` at 16 kHz, from 400 samples to 30 s -> int64 tokens, one for each 640 samples begun.
+        """``[n]`` samples at 16 kHz, at least 400 -> int64 tokens, one for each 640 samples begun.
 
-        Raises ValueError for a clip of another length.
+        Where windows overlap, each gives the tokens of its half. Raises ValueError for a sound that is too short.
         """
         samples = torch.as_tensor(pcm)
-        if samples.dim() != 1 or not _SHORTEST <= len(samples) <= LONGEST:
-            lengths = f"{_SHORTEST} to {LONGEST} samples (30 s at 16 kHz)"
-            raise ValueError(f"a clip has one channel of {lengths}, got {[*samples.shape]}: cut it")
-        return self._encode(_features(self.mels)(samples[None]))
+        if samples.dim() != 1 or len(samples) < _SHORTEST:
+            raise ValueError(f"speech tokens need [n] of {_SHORTEST} samples or more at 16 kHz, got {[*samples.shape]}")
+        mel = _features(self.mels)(samples[None])
+        firsts = range(0, max(1, mel.shape[2] - _OVERLAP), _WINDOW - _OVERLAP)
+        half, parts = _OVERLAP // _RATE // 2, []
+        for first in firsts:
+            tokens = self._encode(mel[:, :, first : first + _WINDOW])
+            parts.append(tokens[half if first else 0 : len(tokens) - (half if first != firsts[-1] else 0)])
+        return torch.cat(parts)
 
 
 class Attention(nn.Module):

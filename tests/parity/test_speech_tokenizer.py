@@ -82,6 +82,18 @@ def test_tokens(s3tokenizer: types.ModuleType, theirs: torch.nn.Module, tmp_path
     assert len(set(made.tolist())) > len(made) // 2
 
 
+def test_tokens_of_a_long_sound(s3tokenizer: types.ModuleType, theirs: torch.nn.Module) -> None:
+    ours = SpeechTokenizer(TINY)
+    ours.load_state_dict(checkpoint.from_upstream(theirs.state_dict(), ours))
+    pcm = clip(16_000 * 45)
+    mel = s3tokenizer.log_mel_spectrogram(pcm)
+    expected, count = theirs.quantize(mel[None], torch.tensor([mel.shape[1]]))
+    made = ours.tokenize(pcm)
+    assert len(made) == int(count) == 1125
+    # A rounding apart where a number lies between two levels.
+    assert (made == expected[0]).double().mean() > 0.995
+
+
 def test_hidden_frames_of_a_padded_batch(theirs: torch.nn.Module) -> None:
     ours = SpeechTokenizer(TINY)
     ours.load_state_dict(checkpoint.from_upstream(theirs.state_dict(), ours))
