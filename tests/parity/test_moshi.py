@@ -141,6 +141,23 @@ def test_the_shape_of_kyutais_published_fixture(tmp_path: Path) -> None:
             assert torch.equal(torch.cat((got["text"][:, None], got["codes"]), 1), want)
 
 
+def test_a_model_that_only_writes_is_kyutais_speech_to_text(tmp_path: Path) -> None:
+    """``dep_q`` 0, no delays, every codebook heard, and classifiers of pauses."""
+    changes = {"n_q": 8, "dep_q": 0, "delays": [0] * 9, "extra_heads_num_heads": 4, "extra_heads_dim": 6}
+    reference = kyutai_lm(**changes)
+    from moshi.models import LMGen
+
+    lm = checkpoint.load(saved(tmp_path, reference.state_dict(), SETTINGS | changes | {"model_type": "stt"}))
+    codes = user_codes(2, FRAMES)
+    gen, live = LMGen(reference, use_sampling=False, support_out_of_sync=True), Live(lm, 2)
+    with torch.no_grad(), gen.streaming(2):
+        for frame in range(FRAMES):
+            text, heads = gen.step_with_extra_heads(codes[..., frame : frame + 1])
+            made = live.step(codes[..., frame])
+            assert torch.equal(made["text"], text[:, 0, 0])
+            assert near(made["heads"], torch.stack(heads, 2)[:, 0])
+
+
 def old_spelling(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Projections of all depth steps in one tensor, as the published repositories have them."""
     old: dict[str, Tensor] = {}
