@@ -191,6 +191,7 @@ class Cached:
         allowed = allowed | (call.count == 0)[:, None, None]
         self.bias = _bias(allowed, state[shape.tails].dtype).repeat_interleave(shape.branches, 0)
 
+        # Of positions that share a ring entry only the last is written.
         kept = (self.queries < end) & (self.queries >= end - size)
         rows = torch.where(kept, call.target[:, None], call.scratch)
         branch = torch.arange(shape.branches, device=device)[:, None]

@@ -65,6 +65,18 @@ def test_what_lies_past_a_rows_end_does_not_matter(flow: FlowMatching) -> None:
             assert not together[row, 2 * length :].any()
 
 
+def test_silence_follows_the_end(flow: FlowMatching) -> None:
+    """What padding would be embedded as is not heard by the convolution that looks ahead."""
+    tokens, lengths = torch.arange(1, 13)[None], torch.tensor([10])
+    before = flow.encode(tokens, lengths, Mask(5))
+    with torch.no_grad():
+        flow.encoder.embedding.weight[[0, 11, 12]] += 1
+    assert torch.equal(flow.encode(tokens, lengths, Mask(5))[:, :20], before[:, :20])
+    with torch.no_grad():
+        flow.encoder.embedding.weight[10] += 1
+    assert not torch.equal(flow.encode(tokens, lengths, Mask(5))[:, :20], before[:, :20])
+
+
 def test_every_sample_on_the_way(flow: FlowMatching) -> None:
     tokens, length = torch.arange(9)[None], torch.tensor([9])
     told = (torch.zeros(1, 0, TINY.mels), torch.ones(1, TINY.speaker))

@@ -79,7 +79,10 @@ class Speech:
 
 
 def streaming(
-    limits: FlowLimits = LIMITS, config: FlowConfig = TINY, dtype: torch.dtype = torch.float64, together: bool = False
+    limits: FlowLimits = LIMITS,
+    config: FlowConfig = TINY,
+    dtype: torch.dtype = torch.float64,
+    together: bool | None = False,
 ) -> StreamingFlow:
     model = StreamingFlow(network(config, dtype), limits, together=together)
     model.prepare()
@@ -335,6 +338,22 @@ def test_a_snapshot_goes_on_in_another_engine_with_the_voice_in_another_row(engi
     other = there.open_sync("flow")
     other.restore(packed)
     assert torch.equal(torch.stack([*begun, *run(other, others[4:])]), torch.stack(straight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limits", [WIDE, replace(ROLLING, hops=(10,))], ids=["exact", "rolling"])
+def test_replayed_graphs_give_the_offline_frames(limits: FlowLimits) -> None:
+    model = streaming(limits, dtype=torch.float32, together=None)
+    speeches = [Speech.of(prompt, length, dtype=torch.float32) for prompt, length in ((18, 47), (0, 31), (7, 60))]
+    with Engine("cuda") as engine:
+        engine.add("flow", model, slots=4, buckets=(4,))
+        voices = [engine.ask_sync(lambda speech=speech: add(model, speech)) for speech in speeches]
+        for voice, speech in zip(voices, speeches, strict=True):
+            steps = plan(model, voice, speech, (5,), aligned=True)
+            lease = engine.open_sync("flow")
+            frames = torch.cat([lease.step_sync(hop.inputs)["mel"][hop.skip : hop.frames].clone() for hop in steps])
+            mask = Mask(CHUNK, starts(voice, steps), voice.shared, limits.left if limits.rolling else None)
+            assert (frames - speech.offline(network(dtype=torch.float32), mask)).abs().max() < 1e-3
 
 
 def test_prompts_are_cached_once_and_shared() -> None:
