@@ -23,7 +23,6 @@ import socket
 import sys
 import time
 from argparse import ArgumentParser
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -123,12 +122,12 @@ class Lateness:
 class Usage:
     """CPU time, memory, how late the event loop is and what its peers lacked, since ``report`` was last asked for.
 
-    peers: what is known of each; empty for stock.
+    peers: what each, by its name, tells of itself; none for stock.
     """
 
-    def __init__(self, peers: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(self, peers: Callable[[], dict[str, dict[str, Any]]]) -> None:
         self.lateness, self._peers = Lateness(), peers
-        self._before: dict[str, float] = {}
+        self._before: dict[str, dict[str, int]] = {}
         self._since, self._cpu = time.monotonic(), time.process_time()
 
     async def report(self, request: Request) -> Response:
@@ -137,13 +136,14 @@ class Usage:
         now, cpu = time.monotonic(), time.process_time()
         found = {"seconds": now - self._since, "cpu_seconds": cpu - self._cpu, "late_ms_p99": self.lateness.take()}
         self._since, self._cpu = now, cpu
-        counts = Counter(gaps=0, concealed_ms=0)
-        for peer in self._peers():
-            counts["gaps"] += peer["sender"]["gaps"]
-            counts["concealed_ms"] += peer["receiver"]["concealed"] * 1000 // RATE
-        found |= {name: count - self._before.get(name, 0) for name, count in counts.items()}
-        self._before = dict(counts)
-        return JSONResponse(found | {"rss_mib": resident_bytes() / 2**20})
+        lacked = {
+            name: {"gaps": peer["sender"]["gaps"], "concealed": peer["receiver"]["concealed"]}
+            for name, peer in self._peers().items()
+        }
+        for count in ("gaps", "concealed"):
+            found[count] = sum(one[count] - self._before.get(name, one)[count] for name, one in lacked.items())
+        self._before = lacked
+        return JSONResponse(found | {"calls": len(lacked), "rss_mib": resident_bytes() / 2**20})
 
 
 async def serve(path: str, max_calls: int) -> None:
@@ -151,7 +151,7 @@ async def serve(path: str, max_calls: int) -> None:
     service = Service(echo, None, max_calls=max_calls)
     offers = routes(service) if path == "antiphon" else stock_routes()
     running = getattr(getattr(offers[0], "endpoint", None), "__self__", None)  # the peers of ``routes``
-    usage = Usage(lambda: [peer.statistics() for peer, _ in running.running.values()] if running else [])
+    usage = Usage(lambda: {name: peer.statistics() for name, (peer, _) in running.running.items()} if running else {})
     app = Starlette(routes=[*offers, Route("/usage", usage.report)])
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
@@ -351,8 +351,15 @@ async def peers(path: str, count: int, seconds: float) -> dict[str, Any]:
         "frames_a_second_least": round(min(rates), 2),
         "late_ms_p99": round(usage["late_ms_p99"], 1),
         "mouth_to_ear_ms": round(median(heard), 1) if heard else None,
-        "gaps": usage["gaps"],
-        "concealed_ms": usage["concealed_ms"],
+        **(
+            {
+                "calls_lost": count - usage["calls"],
+                "gaps": usage["gaps"],
+                "concealed_ms": round(1000 * usage["concealed"] / RATE),
+            }
+            if path == "antiphon"
+            else {}
+        ),
         "cpu": round(usage["cpu_seconds"] / usage["seconds"], 3),
         "cpu_us_per_peer_per_20_ms": round(1e6 * usage["cpu_seconds"] / usage["seconds"] * PTIME / count),
         "rss_mib": round(usage["rss_mib"]),

@@ -51,6 +51,7 @@ def test_two_peers_get_their_sound_back_and_a_third_is_refused() -> None:
     assert found["refused"]["status"] == 503
     assert int(found["refused"]["retry_after"]) > 0
     assert found["frames_a_second"] > 25
+    assert found["calls_lost"] == 0
     assert found["gaps"] >= 0
     assert found["concealed_ms"] >= 0
     assert 0 < found["cpu"] < 1
