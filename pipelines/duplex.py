@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 
 import numpy as np
@@ -30,12 +30,15 @@ from ..models.streaming import Specs, State, StreamingModel, TensorSpec
 from .chunk import Stale
 from .engine import Lease
 
-DEFAULT = "moshiko"
+PUBLISHED = "moshiko"  # what is loaded where the package embeds no dialogue model
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Duplex(StreamingModel):
-    """Codec and language model over slots. ``frame`` samples at ``rate`` Hz go in and come out."""
+    """Codec and language model over slots. ``frame`` samples at ``rate`` Hz go in and come out.
+
+    A language model that only writes what it hears (Kyutai's speech to text) has no ``decoder``: no sound comes out.
+    """
 
     def __init__(self, lm: MoshiLM, mimi: Mimi, tokenizer: Tokenizer) -> None:
         """Raises ValueError where the parts do not fit together."""
@@ -43,13 +46,11 @@ class Duplex(StreamingModel):
         config = lm.config
         if config.card != mimi.config.bins:
             raise ValueError(f"the codec has codes of {mimi.config.bins}, the language model of {config.card}")
-        if not config.spoken or not config.heard:
-            raise ValueError(
-                f"this model speaks {config.spoken} codebooks and hears {config.heard}: it cannot converse"
-            )
+        if not config.heard:
+            raise ValueError("this model hears no codebooks: it cannot converse")
         self.lm, self.tokenizer = lm, tokenizer
         self.encoder = MimiEncoder(mimi, config.heard)
-        self.decoder = MimiDecoder(mimi, config.spoken)
+        self.decoder = MimiDecoder(mimi, config.spoken) if config.spoken else None
         self.frame, self.rate = mimi.config.frame, mimi.config.sample_rate
 
     @property
@@ -62,11 +63,14 @@ class Duplex(StreamingModel):
         return variant * self.frame / self.rate
 
     def prepare(self) -> None:
-        for part in (self.lm, self.encoder, self.decoder):
+        for part in self._parts():
             part.prepare()
 
+    def _parts(self) -> tuple[StreamingModel, ...]:
+        return (self.lm, self.encoder) if self.decoder is None else (self.lm, self.encoder, self.decoder)
+
     def state_spec(self) -> Specs:
-        return {**self.lm.state_spec(), **self.encoder.state_spec(), **self.decoder.state_spec()}
+        return {name: spec for part in self._parts() for name, spec in part.state_spec().items()}
 
     def input_spec(self, variant: Hashable) -> Specs:
         spec = dict(self.lm.input_spec(variant))
@@ -86,7 +90,8 @@ class Duplex(StreamingModel):
         """``pcm [B, frame]`` float32 and what ``MoshiLM.step`` takes beside codes.
 
         Returns ``pcm [B, frame]`` and ``text [B]``, which count where ``valid [B]`` (not at a session's first step),
-        ``sampled`` and ``heard``: the tokens of this step for a :class:`TokenLog`.
+        ``sampled`` and ``heard``: the tokens of this step for a :class:`TokenLog`. A model that only writes returns no
+        sound, and its ``heads`` where it has some.
         """
         if "log" in inputs:
             return self.lm.step(inputs, state, slots, active)
@@ -94,6 +99,8 @@ class Duplex(StreamingModel):
         begun = state["temporal.seen"].index_select(0, slots) > 0
         heard = self.encoder.step({"pcm": inputs["pcm"]}, state, slots, active & begun)["codes"][..., 0]
         made = self.lm.step({**inputs, "codes": heard}, state, slots, active)
+        if self.decoder is None:
+            return {**{name: made[name] for name in made if name != "codes"}, "heard": heard}
         valid = made["valid"]
         codes = torch.where(valid[:, None], made["codes"], 0)[..., None]
         pcm = self.decoder.step({"codes": codes}, state, slots, valid)["pcm"]
@@ -105,8 +112,13 @@ class Duplex(StreamingModel):
         return {**sampling.inputs(), "force": np.full(1 + self.lm.config.spoken, UNSET, np.int64)}
 
 
+def default() -> str:
+    """The name of the embedded dialogue model, or of a published one where there is none."""
+    return next(iter(checkpoint.embedded()), PUBLISHED)
+
+
 def load(
-    name: str | PathLike[str],
+    name: str | PathLike[str] | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -115,11 +127,12 @@ def load(
     prefill: int = 1,
     kv_dtype: torch.dtype | None = None,
 ) -> Duplex:
-    """A checkpoint's language model, codec and tokenizer, by hub name or folder; options as in ``MoshiConfig.changed``.
+    """A checkpoint's language model, codec and tokenizer, by name or folder; options as in
+    ``MoshiConfig.changed``. name: see ``models.moshi.checkpoint.find``; None for ``default()``.
 
     Raises CheckpointError.
     """
-    files = checkpoint.find(name)
+    files = checkpoint.find(default() if name is None else name)
     if files.tokenizer is None:
         raise CheckpointError(f"{files.folder}: holds no SentencePiece model ({checkpoint.TOKENIZER})")
     if files.mimi is None and not files.transformers:
@@ -199,6 +212,7 @@ class Monologue:
 
     text: str = ""
     began: int = 0  # frame of the utterance's first token
+    words: list[tuple[str, int, int]] = field(default_factory=list)  # of it, with their first frame and the one after
     _silent: int = 0
     _frame: int = 0
     _bytes: bytes = b""
@@ -216,11 +230,16 @@ class Monologue:
         if len(self.text) >= self.longest and piece.startswith(WORD_START):
             told = self.end()
         if not self.text:
-            self.began = frame
+            self.began, self.words = frame, []
         fresh = self._decoded(piece)
         if not fresh:
             return told
         self.text += fresh
+        if fresh[0] == " " or not self.words:
+            self.words.append((fresh.strip(), frame, frame + 1))
+        else:
+            word, first, _ = self.words[-1]
+            self.words[-1] = (word + fresh, first, frame + 1)
         return told or (self.text, self.began, False)
 
     def end(self) -> tuple[str, int, bool] | None:

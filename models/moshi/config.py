@@ -54,7 +54,8 @@ class MoshiConfig:
 
     codebooks: audio streams, spoken and heard. delays: of every stream, in frames. card, text_card: sizes of the
     vocabularies; one more token of each starts a stream. text_out: text tokens that may come out. heads: numbers of
-    extra classifiers of the temporal output and of their classes.
+    extra classifiers of the temporal output and of their classes. Of a model that writes what it hears: lag, seconds
+    that text is behind the sound it tells of; lead, seconds of silence that it wants to hear first.
     """
 
     temporal: TransformerConfig
@@ -69,6 +70,8 @@ class MoshiConfig:
     sinusoids: bool = False
     heads: tuple[int, int] = (0, 0)
     sampling: Sampling = field(default_factory=Sampling)
+    lag: float = 0.0
+    lead: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.delays) != self.streams or min(self.delays) < 0:
@@ -204,6 +207,7 @@ def read_config(settings: Mapping[str, Any]) -> MoshiConfig:
     temporal = _transformer(stack | shared | {"period": period, "position": position, "hidden": int(scale * width)})
     depth = _depth(take, shared, norm, period, scale)
     card, text_card = take("card", 1024), take("text_card", 32000)
+    writing = settings.get("stt_config") or {}
     config = MoshiConfig(
         temporal=temporal,
         depth=depth,
@@ -217,6 +221,8 @@ def read_config(settings: Mapping[str, Any]) -> MoshiConfig:
         sinusoids=position == "sin",
         heads=(take("extra_heads_num_heads", 0), take("extra_heads_dim", 6)),
         sampling=_sampling(settings.get("lm_gen_config") or {}),
+        lag=float(writing.get("audio_delay_seconds", 0.0)),
+        lead=float(writing.get("audio_silence_prefix_seconds", 0.0)),
     )
     if unknown := sorted(take.left - set(_IGNORED)):
         raise ValueError(f"settings {', '.join(unknown)} are not known")

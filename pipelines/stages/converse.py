@@ -72,9 +72,11 @@ class Converse(Stage):
         model = ctx.engine.model(self.model)
         if not isinstance(model, Duplex):
             raise TypeError(f"converse needs a full-duplex model; {self.model!r} is a {type(model).__name__}")
+        if model.decoder is None:
+            raise TypeError(f"the model {self.model!r} only writes: use the stage dictate")
         constant = model.inputs(dataclasses.replace(model.lm.config.sampling, **self.options))
         lease = await ctx.open(self.model)
-        frames, said = _Frames(model), _Said(model)
+        frames, said = Frames(model), _Said(model)
         kept = max(1, round(self.restart_from / model.tick(1)))
         log = TokenLog(kept)
         restart_at = None if self.restart_after is None else round(self.restart_after / model.tick(1))
@@ -115,8 +117,8 @@ class Converse(Stage):
         yield "audio", Audio(samples=np.zeros(0, np.float32), rate=model.rate, start=said.samples, final=True)
 
 
-class _Frames:
-    """Cuts sound of any rate into the model's frames."""
+class Frames:
+    """Cuts sound of any rate into a model's frames."""
 
     def __init__(self, model: Duplex) -> None:
         self._size, self._rate = model.frame, model.rate
@@ -133,6 +135,12 @@ class _Frames:
         count = len(joined) // self._size * self._size
         self._pending = joined[count:]
         yield from joined[:count].reshape(-1, self._size)
+
+    def rest(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """A last frame: what is left over, then silence."""
+        held = np.zeros(0, np.float32) if self._resampler is None else self._resampler.flush()
+        joined = np.concatenate((self._pending, held))[: self._size]
+        return np.pad(joined, (0, self._size - len(joined)))
 
 
 class _Said:

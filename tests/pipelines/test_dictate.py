@@ -1,0 +1,129 @@
+"""A model that writes what it hears: words at the time of the sound they tell of."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_duplex import tiny_duplex
+
+from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.clock import VirtualClock, run_virtual
+from antiphon.pipelines.duplex import Duplex
+from antiphon.pipelines.engine import Engine
+from antiphon.pipelines.stage import Inlet
+from antiphon.pipelines.stages.converse import Converse
+from antiphon.pipelines.stages.dictate import Dictate
+
+RATE, FRAME = 24000, 1920
+SPEECH_TO_TEXT: dict[str, Any] = {
+    "n_q": 8,
+    "dep_q": 0,
+    "delays": [0] * 9,
+    "extra_heads_num_heads": 4,
+    "stt_config": {"audio_delay_seconds": 0.4, "audio_silence_prefix_seconds": 0.2},
+    "lm_gen_config": {"temp_text": 0.0},
+}
+
+
+class Scripted(Duplex):
+    """Writes a script in place of what it hears: token ``i`` at step ``i``."""
+
+    script: tuple[int, ...] = ()
+
+    def step(self, inputs: Any, state: Any, slots: Any, active: Any) -> Any:
+        step = state["temporal.seen"].index_select(0, slots)
+        made = super().step(inputs, state, slots, active)
+        tokens = torch.tensor([*self.script, *[3] * 200])
+        return made | {"text": tokens[step.clamp(max=199)]}
+
+
+def dictate(model: Duplex, seconds: float, rate: int = RATE, **options: Any) -> list[Text]:
+    async def main() -> list[Text]:
+        made: list[Text] = []
+        with Engine(inline=True, clock=VirtualClock()) as models:
+            models.add("dictate", model, slots=4)
+            graph = Inlet().named("audio") >> Dictate(**options)
+            async with graph.session(engine=models) as session:
+
+                async def read() -> None:
+                    async for chunk in session.outputs():
+                        assert isinstance(chunk, Text)
+                        made.append(chunk)
+
+                reading = asyncio.create_task(read())
+                for start in range(0, round(seconds * rate), rate // 10):
+                    pcm = 0.1 * np.random.default_rng(start).standard_normal(rate // 10)
+                    await session.send(Audio(samples=pcm.astype(np.float32), rate=rate, start=start), "audio")
+                    await session.clock.sleep(0.1)
+                session.finish()
+                await reading
+        return made
+
+    return run_virtual(main())
+
+
+def piece(model: Duplex, text: str) -> int:
+    return model.tokenizer.pieces.index(text)
+
+
+def test_words_stand_where_they_were_said() -> None:
+    model = tiny_duplex(**SPEECH_TO_TEXT)
+    start, letters = piece(model, "▁"), [index for index, text in enumerate(model.tokenizer.pieces) if len(text) == 1]
+    one, two, *_ = [index for index in letters if index != start]
+    # 3 frames of lead (0.2 s) and 5 of lag (0.4 s): what stands at step 10 was said from frame 2 on.
+    model.__class__, model.script = Scripted, (*[3] * 10, start, one, two, 3, start, two, *[3] * 8, start, one)
+    told = dictate(model, 2.0, endpoint=0.4)
+    finals = [text for text in told if text.final]
+    names = [model.tokenizer.pieces[index] for index in (one, two)]
+    assert [text.text for text in finals] == [f"{names[0]}{names[1]} {names[1]}", names[0]]
+    assert [(word.text, round(word.start, 3), round(word.end, 3)) for word in finals[0].words] == [
+        (names[0] + names[1], 0.16, 0.4),
+        (names[1], 0.48, 0.64),
+    ]
+    assert finals[0].start_seconds == pytest.approx(0.16)
+    assert finals[1].words[0].start == pytest.approx((24 - 8) * 0.08)
+    for before, after in zip(told, told[1:], strict=False):  # noqa: RUF007
+        assert before.final or after.text.startswith(before.text)
+
+
+@pytest.mark.parametrize("rate", [24000, 16000])
+def test_a_random_model_writes_to_the_end(rate: int) -> None:
+    told = dictate(tiny_duplex(**SPEECH_TO_TEXT), 1.5, rate)
+    assert told
+    assert told[-1].final
+    assert all(text.words[-1].end <= 1.5 + 0.5 + 0.16 for text in told)
+
+
+def test_each_stage_has_its_kind_of_model() -> None:
+    with pytest.raises(Exception, match="only writes"):
+        dictate(tiny_duplex(), 0.1)
+    writer = tiny_duplex(**SPEECH_TO_TEXT)
+    assert writer.decoder is None
+    assert "heads" in writer.step(
+        {name: spec.new(2) for name, spec in writer.input_spec(1).items()},
+        {name: spec.new(3) for name, spec in writer.state_spec().items()},
+        torch.arange(2),
+        torch.ones(2, dtype=torch.bool),
+    )
+
+    async def main() -> None:
+        with Engine(inline=True, clock=VirtualClock()) as models:
+            models.add("converse", writer, slots=4)
+            graph = Inlet().named("audio") >> Converse()
+            async with graph.session(engine=models) as session:
+                session.finish()
+                async for _ in session.outputs():
+                    pass
+
+    with pytest.raises(Exception, match="use the stage dictate"):
+        run_virtual(main())
+    with pytest.raises(ValueError, match="endpoint=0"):
+        Dictate(endpoint=0)
