@@ -84,7 +84,7 @@ def draw(
 ) -> Tensor:
     """A token per row: ``[B, n]`` float32 logits, -inf where a token is ruled out -> ``[B]`` int64.
 
-    recent: ``[B, HISTORY]`` tokens, the newest last, ``NONE`` where there is none. seed, step: ``[B]`` int64, from which
+    recent: ``[B, HISTORY]`` tokens, newest last, ``NONE`` where there is none. seed, step: ``[B]`` int64, from which
     the noise follows. The others: ``[B]`` as in ``Sampling.inputs``.
     """
     most = min(MOST_CANDIDATES, logits.shape[1])

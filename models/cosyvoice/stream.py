@@ -43,7 +43,7 @@ class TextStream:
     upstream does; most bound both, arriving text once it is finished.
 
     ``end`` is "said" when the model drew its end, "length" where the longest is reached, "capacity" where the session
-    is full: what is then left of the text is in ``rest``. Raises ValueError for a prompt that leaves no room for speech.
+    is full: what is then left of the text is in ``rest``. Raises ValueError for a prompt that leaves no room.
     """
 
     def __init__(
