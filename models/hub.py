@@ -1,4 +1,5 @@
-"""Checkpoints of the Hugging Face hub: the copy on this computer, or the files that a reader asks for."""
+"""Checkpoints that come with the package, and those of the Hugging Face hub: the copy on this computer, or the files
+that a reader asks for."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .files import CheckpointError
+from .files import CheckpointError, read_json
 
 # How a network fails: the base error of the HTTP library that this version of huggingface_hub uses is no OSError.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (
@@ -26,6 +27,12 @@ NETWORK_ERRORS: tuple[type[Exception], ...] = (
     ),
 )
 PATIENCE = 10.0  # seconds to wait for the hub's first answer
+EMBEDDED = Path(__file__).parent / "weights"
+
+
+def embedded(folder: Path, key: str, value: str) -> list[str]:
+    """Names of the checkpoints in ``folder`` (``EMBEDDED``) of one kind: whose ``config.json`` has this value there."""
+    return sorted(path.parent.name for path in folder.glob("*/config.json") if read_json(path).get(key) == value)
 
 
 def cached(name: str) -> Path | None:

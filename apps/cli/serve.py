@@ -187,7 +187,7 @@ def _engine(
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if any(isinstance(node, Converse) for node in graph.nodes):
-        return _conversing(model or duplex.DEFAULT, device, slots)
+        return _conversing(model or duplex.default(), device, slots)
     checkpoint = load(model, device=device)
     recognizer = Recognizer(checkpoint)
     variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
@@ -199,11 +199,11 @@ def _engine(
     return (main if cpu is main else Engines(main, cpu)), native, _about(model or embedded()[0], checkpoint, main)
 
 
-def _conversing(model: str, device: str, slots: int) -> tuple[Engine, None, dict[str, Any]]:
-    dialogue = duplex.load(model, device=device)
+def _duplex(name: str, model: str, device: str, slots: int) -> tuple[Engine, None, dict[str, Any]]:
+    loaded = duplex.load(model, device=device)
     engine = Engine(device)
-    engine.add("converse", dialogue, slots=slots)
-    return engine, None, _about(model, dialogue, engine)
+    engine.add(name, loaded, slots=slots)
+    return engine, None, _about(model, loaded, engine)
 
 
 def _about(model: str, network: torch.nn.Module, engine: Engine) -> dict[str, Any]:

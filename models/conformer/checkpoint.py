@@ -19,13 +19,13 @@ from torch import Tensor
 from ..files import CheckpointError, read_json, read_safetensors, reading
 from . import hf, hub, nemo
 from .config import ASRConfig, BeamConfig, ConformerConfig, LanguageModelConfig, PromptConfig, TransducerConfig
+from .hub import FORMAT
 from .model import ConformerASR
 from .names import HF, from_layout, nemo_layout
 from .tokenizer import Source, Tokenizer
 
 __all__ = ["CheckpointError", "load", "save"]
 
-FORMAT = "antiphon-conformer-1"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from .. import hub
 from ..files import CheckpointError
 
-EMBEDDED = Path(__file__).parents[1] / "weights"
+EMBEDDED = hub.EMBEDDED
+FORMAT = "antiphon-conformer-1"  # of checkpoints in our layout, in their config.json
 LAYOUT_FILES = ("*.json", "*.safetensors")  # of transformers' layout
 ARCHIVE_FILES = ("*.nemo",)
 
@@ -65,8 +66,8 @@ KNOWN = (
 
 
 def embedded() -> list[str]:
-    """Names of the checkpoints that come with the package."""
-    return sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+    """Names of the recognisers that come with the package."""
+    return hub.embedded(EMBEDDED, "format", FORMAT)
 
 
 def cached(name: str) -> Path | None:

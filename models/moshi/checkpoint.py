@@ -27,12 +27,16 @@ WEIGHTS, WEIGHTS_8_BIT = "model.safetensors", "model.q8.safetensors"
 MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER = "tokenizer_spm_32k_3.model"
 CODEC = "mimi"  # folder of a codec in a layout of its own
+EMBEDDED = hub.EMBEDDED
+MODEL_TYPE = "moshi"  # of a dialogue model in Kyutai's config.json; the embedded ones say so
 SHORT = {  # what people call them
     "moshiko": "kyutai/moshiko-pytorch-bf16",
     "moshika": "kyutai/moshika-pytorch-bf16",
     "moshiko-q8": "kyutai/moshiko-pytorch-q8",
     "moshika-q8": "kyutai/moshika-pytorch-q8",
     "personaplex": "nvidia/personaplex-7b-v1",
+    "stt-1b-en_fr": "kyutai/stt-1b-en_fr",
+    "stt-2.6b-en": "kyutai/stt-2.6b-en",
 }
 
 
@@ -52,16 +56,22 @@ class Files:
         return self.settings.get("model_type") == "moshi" and "depth_decoder_config" in self.settings
 
 
+def embedded() -> list[str]:
+    """Names of the dialogue models that come with the package."""
+    return hub.embedded(EMBEDDED, "model_type", MODEL_TYPE)
+
+
 def find(name: str | PathLike[str]) -> Files:
     """The files of a checkpoint, fetched from the hub where needed.
 
-    name: a folder, a hub name, or one of ``SHORT``. Raises CheckpointError for what is nowhere or lacks its parts.
+    name: a folder, a hub name, or one of ``SHORT`` or ``embedded()``.
+    Raises CheckpointError for what is nowhere or lacks its parts.
     """
-    folder = Path(name)
+    folder = EMBEDDED / name if name in embedded() else Path(name)
     if not folder.exists():
         known = SHORT.get(str(name), str(name))
         if known.count("/") != 1 or known.startswith(("/", ".", "~")):
-            raise CheckpointError(f"no folder or checkpoint {name!r}; known are {', '.join(SHORT)}")
+            raise CheckpointError(f"no folder or checkpoint {name!r}; known are {', '.join((*embedded(), *SHORT))}")
         here = hub.cached(known)
         folder = here if here is not None and _complete(here) else hub.fetch(known, _choose)
     if not folder.is_dir():

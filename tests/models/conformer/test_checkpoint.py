@@ -395,6 +395,8 @@ def test_embedded_checkpoints_come_first(asr, config, tokenizer, tmp_path, monke
     with pytest.raises(CheckpointError, match="embeds no checkpoint"):
         load()
     save(tmp_path / "tiny", config, asr.state_dict(), tokenizer)
+    (tmp_path / "another kind").mkdir()
+    (tmp_path / "another kind" / "config.json").write_text('{"model_type": "moshi"}')
     assert hub.embedded() == ["tiny"]
     assert load().config == config
     assert load("tiny").config == config

@@ -130,3 +130,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.load(tmp_path)
     with pytest.raises(CheckpointError, match="moshiko"):
         checkpoint.find("moshi")
+
+
+def test_embedded_models_are_known_by_name_and_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path)
+    assert checkpoint.embedded() == []
+    for name, kind in (("a-recogniser", {"format": "antiphon-conformer-1"}), ("tiny-talk", {"model_type": "moshi"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(kind))
+    assert checkpoint.embedded() == ["tiny-talk"]
+    assert checkpoint.find("tiny-talk").folder == tmp_path / "tiny-talk"
+    with pytest.raises(CheckpointError, match="known are tiny-talk, moshiko"):
+        checkpoint.find("a-recogniser")
