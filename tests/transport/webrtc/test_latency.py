@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -21,6 +22,7 @@ from antiphon.transport.webrtc.sender import AudioSender
 
 SECONDS, WARM_UP = 12, 4
 TRIP, FRAME, LOOKAHEAD_MS = 0.0005, 0.02, 6.5  # seconds over loopback; of a packet; of libopus
+HOPS = 5  # turns of the event loop from a datagram to the playout buffer
 Wait = Callable[[int], float]  # of a packet
 
 
@@ -28,6 +30,11 @@ def rtp(number: int, ticks: int, payload: bytes) -> RtpPacket:
     packet = RtpPacket(payload_type=96, sequence_number=number & 0xFFFF, timestamp=ticks & 0xFFFFFFFF, ssrc=1)
     packet.payload = payload
     return packet
+
+
+def later(loop: asyncio.AbstractEventLoop, hops: int, call: Callable[[], None]) -> None:
+    """As many turns of the loop later."""
+    loop.call_soon(later, loop, hops - 1, call) if hops else call()
 
 
 class EchoCall:
@@ -84,7 +91,8 @@ class EchoCall:
         )
         for at, number in arrivals:
             await clock.sleep_until(at)
-            self.server.push(rtp(number, 960 * number, self.payloads[number]))
+            packet = rtp(number, 960 * number, self.payloads[number])
+            later(asyncio.get_running_loop(), HOPS, partial(self.server.push, packet))
 
     async def _hear(self, call: Call) -> None:
         async for played in self.server:
@@ -144,11 +152,6 @@ def test_a_busy_event_loop_makes_no_gaps(clean: EchoCall, busy: float) -> None:
     assert set(np.diff([ticks for _, ticks in call.sent])[50:]) == {960}  # all of it, in its place
 
 
-def later(loop: asyncio.AbstractEventLoop, hops: int, call: Callable[[], None]) -> None:
-    """As many turns of the loop later."""
-    loop.call_soon(later, loop, hops - 1, call) if hops else call()
-
-
 @pytest.mark.parametrize("fair", [True, False])
 def test_a_late_loop_is_given_time_for_what_would_have_rung(fair: bool) -> None:
     async def main() -> bool:
@@ -157,7 +160,7 @@ def test_a_late_loop_is_given_time_for_what_would_have_rung(fair: bool) -> None:
 
         def block() -> None:
             loop._now += 0.05
-            later(loop, 6, alarm.ring)
+            later(loop, HOPS, alarm.ring)
 
         loop.call_at(0.01, block)
         return await alarm.wait(0.02, fair=fair)
