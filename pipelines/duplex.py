@@ -31,6 +31,7 @@ from .chunk import Stale
 from .engine import Lease
 
 PUBLISHED = "moshiko"  # what is loaded where the package embeds no dialogue model
+PUBLISHED_WRITER = "stt-1b-en_fr"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 

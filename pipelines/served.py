@@ -14,6 +14,7 @@ from .edge import Link
 from .graph import Graph, did_you_mean
 from .stage import Inlet, Stage
 from .stages.converse import Converse
+from .stages.dictate import Dictate
 from .stages.emit import emit
 from .stages.parrot import Parrot
 from .stages.scenes import Scenes
@@ -64,11 +65,26 @@ def converse(options: Mapping[str, Any]) -> Graph:
     return (Inlet().named("audio") >> talk) | (Inlet().named("control") >> talk["control"])
 
 
+def dictate(options: Mapping[str, Any]) -> Graph:
+    """Live captions by a model that writes while it hears (see ``Dictate``). options: ``endpoint_ms``.
+
+    Raises ValueError, naming the option.
+    """
+    for name in options:
+        if name != "endpoint_ms":
+            raise ValueError(f"no option {name!r}: there is endpoint_ms")
+    endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
+    if endpoint <= 0:
+        raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
+    return Inlet().named("audio") >> Dictate(endpoint=endpoint / 1000).named("captions")
+
+
 GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
     "captions": captions,
     "parrot": parrot,
     "scenes": scenes,
     "converse": converse,
+    "dictate": dictate,
 }
 
 

@@ -26,6 +26,7 @@ from ...pipelines.recognizer import Recognizer
 from ...pipelines.served import GRAPHS
 from ...pipelines.spec import SpecError
 from ...pipelines.stages.converse import Converse
+from ...pipelines.stages.dictate import Dictate
 from ...transport.guard import Rules
 from ...transport.protocols import twilio
 from ...transport.service import GraphMaker, Service
@@ -186,8 +187,11 @@ def _engine(
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if any(isinstance(node, Converse) for node in graph.nodes):
-        return _conversing(model or duplex.default(), device, slots)
+    for node in graph.nodes:
+        if isinstance(node, Converse):
+            return _duplex(node.model, model or duplex.default(), device, slots)
+        if isinstance(node, Dictate):
+            return _duplex(node.model, model or duplex.PUBLISHED_WRITER, device, slots)
     checkpoint = load(model, device=device)
     recognizer = Recognizer(checkpoint)
     variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None

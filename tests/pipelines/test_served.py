@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from antiphon.pipelines.graph import Graph
-from antiphon.pipelines.served import GRAPHS, captions, converse
+from antiphon.pipelines.served import GRAPHS, captions, converse, dictate
 from antiphon.pipelines.stages.converse import Converse
+from antiphon.pipelines.stages.dictate import Dictate
 from antiphon.pipelines.stages.transcribe import Transcribe
 from antiphon.pipelines.stages.turns import Turns
 
@@ -22,6 +23,7 @@ def stage_of(graph: Graph, kind: type) -> object:
         ("parrot", {"audio", "control"}, {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
         ("scenes", {"audio", "control", "video"}, {"captions.out", "turns.events", "scenes.out"}),
         ("converse", {"audio", "control"}, {"converse.audio", "converse.said"}),
+        ("dictate", {"audio"}, {"captions.out"}),
     ],
 )
 def test_inlets_and_outputs(name: str, inlets: set[str], outputs: set[str]) -> None:
@@ -53,6 +55,16 @@ def test_options_reach_their_stages() -> None:
 def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         captions(options)
+
+
+def test_dictation_has_one_option() -> None:
+    made = stage_of(dictate({"endpoint_ms": 250}), Dictate)
+    assert isinstance(made, Dictate)
+    assert made.endpoint == 0.25
+    with pytest.raises(ValueError, match="endpoint_ms=-1"):
+        dictate({"endpoint_ms": -1})
+    with pytest.raises(ValueError, match="no option 'language'"):
+        dictate({"language": "fr"})
 
 
 def test_a_conversation_has_options_of_its_own() -> None:
