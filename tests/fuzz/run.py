@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LONGEST_INPUT = 4096  # bytes
-NAMES = ("sdp", "answer", "stun", "plain", "realtime", "deepgram", "twilio", "wyoming")
-CODE = "antiphon.transport", "aiortc.sdp", "aioice"
+NAMES = ("sdp", "answer", "stun", "plain", "realtime", "deepgram", "twilio", "wyoming", "ogg")
+CODE = "antiphon.transport", "antiphon.codecs.ogg", "aiortc.sdp", "aioice"
 
 
 def fuzz(name: str, options: list[str]) -> None:

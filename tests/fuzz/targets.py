@@ -15,11 +15,13 @@ from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl
 
+import numpy as np
 from aioice import Candidate, Connection
 from aioice.ice import StunProtocol
 from aioice.stun import COOKIE, message_integrity, set_body_length
 from aiortc import RTCConfiguration, RTCPeerConnection
 
+from antiphon.codecs.ogg import OggError, OggOpusReader, OggOpusWriter, write_page
 from antiphon.pipelines.chunk import Chunk
 from antiphon.pipelines.clock import running_clock
 from antiphon.pipelines.graph import Graph
@@ -337,6 +339,20 @@ def wyoming_events(data: bytes) -> None:
     run(main())
 
 
+def ogg(data: bytes) -> None:
+    """Opus in Ogg as it is, and as packets in pages whose checksums are right."""
+    opening = OggOpusWriter(24000).push(np.zeros(960, np.float32))
+    flags, packets = data[:1], [data[at : at + 100] for at in range(1, len(data), 100)][:200]
+    page = write_page(packets, 1, 3, 0, flags[0]) if flags else b""
+    for stream in (data, opening + page, opening + data):
+        reader = OggOpusReader(24000)
+        try:
+            for pcm in reader.push(stream):
+                assert pcm.dtype == np.float32
+        except OggError:
+            continue
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "sdp": sdp,
     "answer": answer,
@@ -346,6 +362,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "deepgram": deepgram_message,
     "twilio": twilio_messages,
     "wyoming": wyoming_events,
+    "ogg": ogg,
 }
 
 SHORT_PRIORITY = struct.pack("!HHH2x", 0x24, 2, 1)
@@ -357,6 +374,7 @@ TWILIO_START = (
 )
 
 SEEDS: dict[str, list[bytes]] = {
+    "ogg": [b"", b"OggS", b"\x02OpusHead\x01\x01\x38\x01\x80\xbb\0\0\0\0\0", b"\0\x78\x07\xff", b"\x01\xff\xff\xff"],
     "sdp": [b"", offer().encode()],
     "answer": [b"", b"T\xee\x7f\xff\x00p\xffP}w", bytes([0, 9, 0, 0]), bytes([4, 12, 7, 65, 1, 20, 2, 0])],
     "stun": [
