@@ -38,7 +38,7 @@ FLOOD, FLOOD_BYTES = 10_000, 1200
 FLOOD_GROWTH = 4 << 20  # bytes that may be held of 12 MB
 PICTURES, PICTURE_SIZE = 500, (640, 360)  # 173 MB decoded
 PICTURES_GROWTH = 48 << 20  # bytes that may be held of them: the decoder's own pictures, and those on their way
-PATIENCE = 10.0  # seconds
+PATIENCE = 20.0  # seconds
 
 
 @stage(name="hostile_test_hears")
