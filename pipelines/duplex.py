@@ -135,11 +135,13 @@ def load(
     """
     files = checkpoint.find(default() if name is None else name)
     if files.tokenizer is None:
-        raise CheckpointError(f"{files.folder}: holds no SentencePiece model ({checkpoint.TOKENIZER})")
+        raise CheckpointError(f"{files.folder}: holds no tokenizer ({checkpoint.TOKENIZER})")
     if files.mimi is None and not files.transformers:
         raise CheckpointError(f"{files.folder}: holds no codec ({checkpoint.MIMI})")
     with reading(files.tokenizer):
-        tokenizer = Tokenizer(Source("tokenizer.model", files.tokenizer.read_bytes()))
+        content = files.tokenizer.read_bytes()
+        json = files.tokenizer.suffix == ".json"
+        tokenizer = Tokenizer(Source("tokenizer.json" if json else "tokenizer.model", content))
     lm = checkpoint.load(
         files, device=device, dtype=dtype, window=window, sinks=sinks, prefill=prefill, kv_dtype=kv_dtype
     )  # fmt: skip

@@ -80,7 +80,9 @@ def find(name: str | PathLike[str]) -> Files:
 
 
 def _complete(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors")) and any(folder.glob("tokenizer*.model"))
+    return any(folder.glob("model*.safetensors")) and any(
+        path.suffix == ".model" or path.name == "tokenizer.json" for path in folder.glob("tokenizer*")
+    )
 
 
 def _choose(names: Sequence[str]) -> Sequence[str]:
@@ -98,7 +100,7 @@ def _files(folder: Path) -> Files:
     mimi = None if hf else _named(folder, settings, "mimi_name", (MIMI,))
     if mimi is None and (folder / CODEC).is_dir():
         mimi = folder / CODEC
-    tokenizer = _named(folder, settings, "tokenizer_name", (TOKENIZER, "tokenizer.model"))
+    tokenizer = _named(folder, settings, "tokenizer_name", (TOKENIZER, "tokenizer.model", "tokenizer.json"))
     return Files(folder, settings, weights, mimi, tokenizer)
 
 
@@ -128,22 +130,22 @@ def load(
     files = name if isinstance(name, Files) else find(name)
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if files.weights is None and not files.transformers:
+        raise CheckpointError(f"{files.folder}: holds no {WEIGHTS}")
+    theirs = _read(files)
     with reading(files.folder / "config.json"):
-        config = _hf_config(files.settings) if files.transformers else _kyutai_config(files.settings)
+        config = (
+            _hf_config(files.settings) if files.transformers else _with_heads(_kyutai_config(files.settings), theirs)
+        )
     config = config.changed(window=window, sinks=sinks, prefill=prefill, kv_dtype=kv_dtype)
     with torch.device("meta"):
         lm = MoshiLM(config)
     shapes = {key: value.shape for key, value in lm.state_dict().items()}
-    if files.transformers:
-        tensors = read_safetensors(files.folder)
-        with reading(files.folder):
-            ours = from_theirs(_turned(tensors, config), shapes, transformers(config), extra="audio_encoder.")
-    else:
-        if files.weights is None:
-            raise CheckpointError(f"{files.folder}: holds no {WEIGHTS}")
-        with reading(files.weights):
-            theirs = modernise(safetensors.torch.load_file(files.weights), config)
-            ours = from_theirs(theirs, shapes, kyutai(config))
+    with reading(files.weights or files.folder):
+        if files.transformers:
+            ours = from_theirs(_turned(theirs, config), shapes, transformers(config), extra="audio_encoder.")
+        else:
+            ours = from_theirs(modernise(theirs, config), shapes, kyutai(config))
     lm.load_state_dict({key: value.to(device=device, dtype=dtype) for key, value in ours.items()}, assign=True)
     lm.to(device).prepare()
     return lm
@@ -160,6 +162,19 @@ def save(folder: Path, lm: MoshiLM, settings: Mapping[str, Any], *, dtype: torch
     weights = to_theirs({key: value.detach().cpu().to(dtype) for key, value in lm.state_dict().items()}, kyutai(config))
     safetensors.torch.save_file({key: value.clone() for key, value in weights.items()}, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(files: Files) -> dict[str, Tensor]:
+    if files.weights is None:
+        return read_safetensors(files.folder)
+    with reading(files.weights):
+        return safetensors.torch.load_file(files.weights)
+
+
+def _with_heads(config: MoshiConfig, theirs: Mapping[str, Tensor]) -> MoshiConfig:
+    """With the classifiers that the weights have: some repositories' settings do not tell of them."""
+    heads = [value for name, value in theirs.items() if name.startswith("extra_heads.") and name.endswith(".weight")]
+    return dataclasses.replace(config, heads=(len(heads), len(heads[0]))) if heads else config
 
 
 def _kyutai_config(settings: Mapping[str, Any]) -> MoshiConfig:

@@ -191,6 +191,8 @@ def read_config(settings: Mapping[str, Any]) -> MoshiConfig:
     Raises ValueError or TypeError for what cannot be built.
     """
     lm = {key: value for key, value in settings.items() if key not in ABOUT}
+    if not any((lm.get("fuser") or {}).get(method) for method in ("sum", "cross", "prepend")):
+        lm.pop("fuser", None)  # it joins no conditions to anything
     if "dim" not in lm:
         lm = MOSHI_7B | lm
     for name, allowed in _FIXED.items():

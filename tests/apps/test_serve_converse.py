@@ -92,7 +92,7 @@ def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (model.frame, model.rate, model.encoder.config.bins) == (FRAME, RATE, SMALLEST["card"])
     assert model.lm.dtype == torch.float32
     (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(CheckpointError, match="no SentencePiece model"):
+    with pytest.raises(CheckpointError, match="no tokenizer"):
         duplex.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a SentencePiece model"):

@@ -33,10 +33,26 @@ def test_without_a_config_it_is_moshi_7b() -> None:
 
 def test_kyutais_speech_to_text_is_known() -> None:
     settings = {
-        **{"dim": 2048, "text_card": 8000, "n_q": 32, "dep_q": 0, "card": 2048, "num_heads": 16, "num_layers": 16},
-        **{"hidden_scale": 4.125, "context": 750, "max_period": 100000, "gating": "silu", "norm": "rms_norm_f32"},
-        **{"positional_embedding": "rope", "depformer_dim": 1024, "depformer_num_heads": 16, "fuser": None},
-        **{"delays": [0] * 33, "extra_heads_num_heads": 4, "model_type": "stt", "mimi_name": "mimi.safetensors"},
+        "dim": 2048,
+        "text_card": 8000,
+        "n_q": 32,
+        "dep_q": 0,
+        "card": 2048,
+        "num_heads": 16,
+        "num_layers": 16,
+        "hidden_scale": 4.125,
+        "context": 750,
+        "max_period": 100000,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "depformer_dim": 1024,
+        "depformer_num_heads": 16,
+        "fuser": None,
+        "delays": [0] * 33,
+        "extra_heads_num_heads": 4,
+        "model_type": "stt",
+        "mimi_name": "mimi.safetensors",
         "stt_config": {"audio_delay_seconds": 0.5},
         "lm_gen_config": {"temp": 0.0, "temp_text": 0.0, "top_k": 250, "top_k_text": 50},
     }
@@ -76,6 +92,14 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert chosen.state_spec()["temporal.rings"].shape[1] == 6 + 2 + 2
     assert chosen.state_spec()["temporal.rings"].dtype == torch.float8_e4m3fn
     assert Live(chosen, 2).step(codes[..., 0])["sampled"].shape == (2, 9)
+
+
+def test_heads_are_found_and_idle_fusers_passed_over(tmp_path: Path) -> None:
+    writes = {"n_q": 8, "dep_q": 0, "delays": [0] * 9}
+    heads = {"extra_heads_num_heads": 4, "extra_heads_dim": 6}
+    checkpoint.save(tmp_path, tiny_lm(**writes, **heads), SETTINGS | writes | heads)
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | writes | {"fuser": {"sum": [], "cross": []}}))
+    assert checkpoint.load(tmp_path).config.heads == (4, 6)
 
 
 def damage_missing(tensors: dict[str, Any]) -> None:
@@ -123,7 +147,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a file of its folder"):
         checkpoint.find(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS))
-    with pytest.raises(CheckpointError, match="holds no model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
         checkpoint.load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="damaged"):
