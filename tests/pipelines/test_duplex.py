@@ -344,3 +344,28 @@ def test_forced_tokens_are_said() -> None:
         rows.append(lease.step_sync({**inputs, "pcm": pcm}))
     assert int(rows[2]["sampled"][0]) == 7
     assert int(rows[3]["text"]) == 7
+
+
+@pytest.mark.gpu
+def test_captured_frames_say_what_the_cpu_says() -> None:
+    """In float64, with draws from the same seeds: the noise does not depend on the device."""
+
+    def said(device: str) -> list[dict[str, Tensor]]:
+        model = tiny_duplex(torch.float64)
+        with Engine(device) as made:
+            made.add("converse", model, slots=4, buckets=(4,))
+            leases = [made.open_sync("converse") for _ in range(3)]
+            rows: list[dict[str, Tensor]] = []
+            for pcm in noise(FRAMES):
+                chunks = [
+                    (lease, {**model.inputs(Sampling(text_seed=seed, audio_seed=seed)), "pcm": pcm})
+                    for seed, lease in enumerate(leases)
+                ]
+                for row in made.run_sync(chunks):
+                    rows.append({name: value.clone() for name, value in row.items()})
+        return rows
+
+    for row, expected in zip(said("cuda"), said("cpu"), strict=True):
+        assert torch.equal(row["sampled"], expected["sampled"])
+        assert torch.equal(row["heard"], expected["heard"])
+        assert (row["pcm"] - expected["pcm"]).abs().max() < 1e-6
