@@ -118,7 +118,7 @@ class TextStream:
         self._bound()
         # Before text allows to draw, all can be read but what the first draw follows.
         ready = len(self._pending) - (not self._drawing)
-        if self.end is not None or not ready:
+        if self.end is not None or ready < 1:
             return None
         lengths = self.config.lengths
         variant = next((length for length in lengths if length >= ready), lengths[-1])
