@@ -126,4 +126,9 @@ def load(
         raise CheckpointError(f"{files.text}: {len(tokenizer)} tokens, but the language model reads {config.text}")
     lm = lm_checkpoint.load(files.lm, config).to(device, dtype)
     flow = flow_checkpoint.load(files.flow).to(device, dtype)
+    if lm.config.speech != flow.config.vocabulary:
+        raise CheckpointError(
+            f"{files.folder}: the language model draws from {lm.config.speech} speech tokens, the flow reads "
+            f"{flow.config.vocabulary}: {files.lm.name} and {files.flow.name} are of different models"
+        )
     return CosyVoice(files, lm, flow, tokenizer)

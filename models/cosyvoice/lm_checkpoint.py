@@ -5,6 +5,7 @@ The text head (``lm_head``, tied to the text embedding) is known and left behind
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..files import check_keys, read_pt, reading
 from .lm import SpeechLM
-from .lm_config import LMConfig
+from .lm_config import SPECIALS, LMConfig
 
 TEXT_HEAD = "llm.model.lm_head.weight"
 _BACKBONE = "llm.model.model"
@@ -69,13 +70,15 @@ def from_upstream(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, 
 def load(path: Path, config: LMConfig | None = None) -> SpeechLM:
     """The language model of an ``llm.pt``; config: its sizes, by default those of CosyVoice2-0.5B.
 
-    The file is read with ``weights_only``: nothing in it is run. Raises CheckpointError for a file that is missing,
-    damaged, or of another model.
+    How many speech tokens there are is the file's to say. It is read with ``weights_only``: nothing in it is run.
+    Raises CheckpointError for a file that is missing, damaged, or of another model.
     """
     config = config or LMConfig()
     weights = read_pt(path)
-    lm = _empty(config)
     with reading(path):
+        if "speech_embedding.weight" in weights:
+            config = dataclasses.replace(config, speech=len(weights["speech_embedding.weight"]) - SPECIALS)
+        lm = _empty(config)
         lm.load_state_dict(from_upstream(weights, config), assign=True)
     return lm.eval()
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import io
+import json
 import logging
 import random
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from antiphon.models.cosyvoice.lm_checkpoint import from_upstream
 from antiphon.models.cosyvoice.lm_config import LMConfig
 from antiphon.models.cosyvoice.sampling import Sampling
 from antiphon.models.cosyvoice.stream import BLOCK, IGNORED, TextStream, lay_out
+from antiphon.models.cosyvoice.tokenizer import END_OF_TEXT, SPECIALS, TextTokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 for package in ("cosyvoice", "transformers"):
@@ -262,3 +265,26 @@ def test_arriving_text_is_read_as_trained(upstream: torch.nn.Module, lm: SpeechL
         assert (lm(row(read))[0] - whole).abs().max() < 1e-10
     drawn = torch.stack([made for made, place in logits if place in places])
     assert (drawn[:, :SPEECH] - whole[places, :SPEECH]).abs().max() < 1e-10
+
+
+def test_text_tokens(tmp_path: Path) -> None:
+    """Upstream adds its special tokens to transformers' Qwen2 tokenizer in this way."""
+    from transformers import Qwen2Tokenizer
+
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    pairs = ["t h", "th e", "\u0120 the", "i n", "in g", "e r", "\u0120 a", "l l", "' ll"]
+    vocabulary = [*map(chr, plain), *(chr(256 + index) for index in range(256 - len(plain)))]
+    vocabulary += [*(pair.replace(" ", "") for pair in pairs), END_OF_TEXT]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    theirs = Qwen2Tokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens(
+        {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "additional_special_tokens": list(SPECIALS)}
+    )
+    ours = TextTokenizer(tmp_path)
+    for text in (
+        "the thing, I'll see the  other's\n\n 1234 caf\u00e9 cafe\u0301 \u4f60\u597d\uff0c\u4e16\u754c!",
+        "Speak fast<|endofprompt|>the [laughter]ring <strong>all</strong>[mn] <|im_end|>",
+        "\tthe\r\nthe   ",
+    ):
+        assert ours.encode(text) == theirs([text])["input_ids"][0]
