@@ -195,14 +195,14 @@ class Core:
 
     def fork(self, engine: Engine, source: Lease) -> Lease:
         """Admit a second session with a copy of the state."""
-        return self._admit(engine, self.hosted[source.model], source.lane, source.paced, source)
+        return self._admit(engine, self.hosted[source.model], source.counted, source.paced, source)
 
     def switch(self, lease: Lease, variant: Hashable) -> tuple[Lane, InputCheck]:
         """Count the lease under another variant."""
         hosted = self.hosted[lease.model]
         lane = hosted.lane(variant)
         if lease.paced:
-            self.admission.move(lease.lane, lane, self.now())
+            self.admission.move(lease.counted, lane, self.now())
         return lane, hosted.checks[variant]
 
     def fence(self, lease: Lease, epoch: float) -> None:
@@ -216,7 +216,7 @@ class Core:
         """Free the lease's slot."""
         self.hosted[lease.model].store.release(lease.slot)
         if lease.paced:
-            self.admission.leave(lease.lane, lease, self.now())
+            self.admission.leave(lease.counted, lease, self.now())
 
     # ---------------------------------------------------------------- inside
 

@@ -215,6 +215,12 @@ class Engine:
         """The lane and input check of another variant, with the lease counted there."""
         return self.ask(partial(self._core.switch, lease, variant))
 
+    def lane(self, name: str, variant: Hashable) -> tuple[Lane, InputCheck]:
+        """The lane and input check of a variant. May be called from any thread. Raises ValueError."""
+        hosted = self._core.find(name)
+        lane = hosted.lane(variant)
+        return lane, hosted.checks[lane.variant]
+
     def _command(self, command: Command[Any], lease: Lease | None) -> None:
         self._hand(command if lease is None else Barrier(lease, command))
 

@@ -23,7 +23,7 @@ class Lease:
     """Made by ``Engine.open`` and ``Lease.fork``; used by one session, from one thread.
 
     Calls on a lease take effect in the order they are made: ``reset`` after two ``step`` calls comes after those steps.
-    epoch: steps of earlier epochs are refused; ``fence`` raises it.
+    epoch: steps of earlier epochs are refused; ``fence`` raises it. counted: the lane that admission counts it in.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Lease:
         self.store = store
         self.slot = slot
         self.lane = lane
+        self.counted = lane
         self._engine = engine
         self._check = check
         self._waiting: deque[Work] = deque()
@@ -122,6 +123,14 @@ class Lease:
         """Use another variant from the next ``step`` on. Raises AtCapacity and ValueError."""
         self._open_or_raise()
         self.lane, self._check = await self._engine.switch(self, variant)
+        self.counted = self.lane
+
+    def use(self, variant: Hashable) -> None:
+        """Use another variant from the next ``step`` on, as ``switch`` does, but stay counted where the session is:
+        for models whose sessions take steps of all variants in turn. Raises ValueError."""
+        if variant != self.lane.variant:
+            self._open_or_raise()
+            self.lane, self._check = self._engine.lane(self.model, variant)
 
     def close(self) -> None:
         """Give the slot back, after a chunk that is being stepped; awaiters of waiting chunks get Closed."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from toy_models import Null, Solver
+from toy_models import WIDTH, Null, Solver, Toy
 
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Admission, AtCapacity, Engine, Lane, Shedding
@@ -109,6 +109,28 @@ def test_no_slot_is_at_capacity_too() -> None:
             assert refusal.value.expected_wait == pytest.approx(1.5)
             first.close()
             await engine.open("null")
+
+    run_virtual(main())
+
+
+def test_a_session_that_uses_another_variant_stays_counted_where_it_was() -> None:
+    async def main() -> None:
+        with Engine(clock=VirtualClock(), inline=True) as engine:
+            engine.add("toy", Toy(), slots=2)
+            lease = await engine.open("toy", 1)
+            for variant in (3, 1, 3):
+                lease.use(variant)
+                row = await lease.step({"frames": np.zeros((variant, WIDTH), np.float32), "gain": np.float32(1)})
+                assert len(row["frames"]) == variant
+            counted = {key: value["sessions"] for key, value in engine.metrics()["models"]["toy"]["variants"].items()}
+            assert counted == {1: 1, 3: 0}
+            with pytest.raises(ValueError, match="does not serve variant 7"):
+                lease.use(7)
+            await lease.switch(3)
+            lease.use(1)
+            lease.close()
+            await asyncio.sleep(0)
+            assert [one["sessions"] for one in engine.metrics()["models"]["toy"]["variants"].values()] == [0, 0]
 
     run_virtual(main())
 
