@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..models.files import CheckpointError, reading
+from ..models.files import check_keys, read_pt, reading
 from .hift import HiFT, HiFTConfig
 
 _PREFIX = "generator."
@@ -36,10 +35,7 @@ def from_upstream(weights: Mapping[str, Tensor], vocoder: HiFT) -> dict[str, Ten
     weights = {key.removeprefix(_PREFIX): value for key, value in weights.items()}
     names = key_names(vocoder)
     wanted = {name for theirs in names.values() for name in theirs}
-    for problem, keys in (("lacks", wanted - weights.keys()), ("has no place for", weights.keys() - wanted)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"the configured vocoder {problem} {', '.join(sorted(keys)[:3])}{more}")
+    check_keys(weights.keys(), wanted, "the configured vocoder")
     ours: dict[str, Tensor] = {}
     for key, mine in vocoder.state_dict().items():
         *norm, value = (weights[name] for name in names[key])
@@ -56,10 +52,8 @@ def load(path: Path, config: HiFTConfig | None = None) -> HiFT:
     The file is read with ``weights_only``: nothing in it is run. Raises CheckpointError for a file that is missing,
     damaged, or of another model.
     """
+    weights = read_pt(path)
     with reading(path):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise CheckpointError(f"{path}: holds no mapping of names to tensors; hift.pt of CosyVoice 2 does")
         vocoder = HiFT(config)
         vocoder.load_state_dict(from_upstream(weights, vocoder))
     vocoder.prepare()

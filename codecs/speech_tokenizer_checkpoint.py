@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..models.files import CheckpointError, reading
+from ..models.files import CheckpointError, check_keys, reading
 from .speech_tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 
 _QUANTIZER = ("quantizer", "project_in", "onnx::MatMul_2536")  # what its operations and weights are called
@@ -30,10 +30,7 @@ def from_upstream(weights: Mapping[str, Tensor], tokenizer: SpeechTokenizer) -> 
     wanted = {
         (_THEIRS + key.removeprefix(_OURS) if key.startswith(_OURS) else key): key for key in tokenizer.state_dict()
     }
-    for problem, keys in (("lacks", wanted.keys() - weights.keys()), ("has no place for", weights.keys() - wanted)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"the configured speech tokenizer {problem} {', '.join(sorted(keys)[:3])}{more}")
+    check_keys(weights.keys(), wanted, "the configured speech tokenizer")
     made = {ours: weights[theirs] for theirs, ours in wanted.items()}
     for key, value in tokenizer.state_dict().items():
         if made[key].shape != value.shape:

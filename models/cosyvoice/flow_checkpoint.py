@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import CheckpointError, reading
+from ..files import check_keys, read_pt, reading
 from .flow import FlowMatching
 from .flow_config import FlowConfig
 from .flow_layers import CausalConv
@@ -93,10 +93,7 @@ def from_upstream(weights: Mapping[str, Tensor], config: FlowConfig) -> dict[str
     network = _empty(config)
     names = key_names(config)
     wanted = {name for theirs in names.values() for name in theirs}
-    for problem, keys in (("lacks", wanted - weights.keys()), ("has no place for", weights.keys() - wanted)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"the configured flow {problem} {', '.join(sorted(keys)[:3])}{more}")
+    check_keys(weights.keys(), wanted, "the configured flow")
     kernels = {
         f"{name}.weight": module.kernel for name, module in network.named_modules() if isinstance(module, CausalConv)
     }
@@ -123,11 +120,9 @@ def load(path: Path, config: FlowConfig | None = None) -> FlowMatching:
     damaged, or of another model.
     """
     config = config or FlowConfig()
+    weights = read_pt(path)
+    flow = _empty(config)
     with reading(path):
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise CheckpointError(f"{path}: holds no mapping of names to tensors; flow.pt of CosyVoice 2 does")
-        flow = _empty(config)
         flow.load_state_dict(from_upstream(weights, config), assign=True)
     return flow.eval()
 
