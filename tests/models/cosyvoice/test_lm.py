@@ -223,6 +223,38 @@ def test_a_move_in_the_middle_changes_nothing(together: dict[str, list[int]]) ->
     assert play(NAMES, moves=(2, 17)) == together
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_greedy_speech_is_what_whole_sequences_make_likeliest(device: str) -> None:
+    """Through the engine's thread, on a GPU from replayed graphs."""
+    with Engine(device) as made:
+        made.add("lm", network(dtype=torch.float32), slots=4, buckets=(4,))
+        for known, text in ((range(9), []), (None, list(range(12)))):
+            stream = TextStream(
+                TINY,
+                known,
+                prompt_text=range(3),
+                prompt_speech=range(7),
+                sampling=Sampling(temperature=0),
+                lengths=(5, 5),
+            )
+            lease, tokens = made.open_sync("lm"), []
+            while stream.end is None:
+                if (feed := stream.feed()) is not None:
+                    lease.use(feed.variant)
+                    tokens += feed.inputs["tokens"][: int(feed.inputs["count"])].tolist()
+                    stream.take(int(lease.step_sync(feed.inputs)["token"]))
+                elif stream.end is None:
+                    stream.push([text.pop(0)]) if text else stream.finish()
+            tokens.append(stream.speech[-1])
+            assert len(stream.speech) > 40
+            places = [place for place, token in enumerate(tokens) if token < TINY.speech][7:]
+            with torch.no_grad():
+                logits = network()(torch.tensor([tokens]))[0, [place - 1 for place in places], : TINY.speech]
+            assert [tokens[place] for place in places] == stream.speech
+            taken = logits.gather(1, torch.tensor(stream.speech)[:, None])[:, 0]
+            assert (logits.amax(1) - taken).max() < 1e-3
+
+
 def test_what_a_step_takes() -> None:
     assert TINY.lengths == network().variants == (1, 4, 8)
     assert network().input_spec(1)["recent"].shape == (HISTORY,)
