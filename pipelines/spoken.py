@@ -66,7 +66,7 @@ def spoken(text: str, language: str = "en") -> str:
 
 def _words(digits: str) -> str:
     digits = digits.replace(",", "")
-    if digits.isdigit() and (len(digits) > 12 or (digits[0] == "0" and len(digits) > 1)):
+    if digits.isdigit() and digits[0] == "0" and len(digits) > 1:
         return _each(digits)
     whole, point, fraction = digits.partition(".")
     said = str(num2words(int(whole))).replace(",", "")
@@ -163,6 +163,7 @@ _HALF = r" ?(?P<half>[AaPp])(?:\.[Mm]\.(?!\s+[A-Z]|\s*\Z)|\.?[Mm](?![A-Za-z]))"
 _ENGLISH: tuple[tuple[re.Pattern[str], Callable[[Match], str]], ...] = tuple(
     (re.compile(pattern), say)
     for pattern, say in (
+        (r"\d(?:,?\d){12,}", lambda match: _each(match.group().replace(",", ""))),  # no number that one would say
         (r"\betc\.(?=\s+[A-Z]|\s*\Z)", lambda match: "et cetera."),
         (r"(?<!\w)(?:" + "|".join(map(re.escape, _SHORT)) + ")", lambda match: _SHORT[match.group()]),
         (r"\b[Nn]o\. ?(?=\d)|#(?=\d)", lambda match: "number "),
@@ -213,6 +214,6 @@ def _elsewhere(text: str, language: str) -> str:
         return str(num2words(float(digits) if "." in digits else int(digits), lang=language))
 
     try:
-        return re.sub(r"(?<![\w.,:/-])\d+(?:\.\d+)?(?![\w:/-]|[.,]\d)", say, text)
+        return re.sub(r"(?<![\w.,:/-])\d{1,12}(?:\.\d+)?(?![\w:/-]|[.,]\d)", say, text)
     except NotImplementedError:
         return text

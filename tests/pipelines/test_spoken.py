@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
 from antiphon.pipelines.spoken import spoken
@@ -44,6 +47,24 @@ CASES = {
 def test_english(text: str) -> None:
     assert spoken(text) == CASES[text]
     assert spoken(CASES[text]) == CASES[text]
+
+
+@pytest.mark.parametrize("language", ["en", "de", "xx"])
+def test_anything_can_be_said(language: str) -> None:
+    choose = random.Random(0)
+    marks = "0123456789$\u20ac\u00a5%.,:/-+#()apmstndth \u00b0CJanMay'\u2019*_`[]\n\u00b2\u0663"
+    for _ in range(3000):
+        said = spoken("".join(choose.choice(marks) for _ in range(choose.randint(1, 30))), language)
+        assert language != "en" or not re.search(r"[0-9]", said)
+    for text in (
+        "1" * 5000,
+        "$" + "1" * 5000 + ".5",
+        "1," + "234," * 2000 + "th",
+        "9" * 400 + "th",
+        "(" * 5000,
+        "_*" * 5000,
+    ):
+        assert spoken(text, language)
 
 
 def test_other_languages_as_far_as_they_are_known() -> None:
