@@ -34,7 +34,7 @@ from ..models.cosyvoice.lm_config import LMConfig
 from ..models.cosyvoice.tokenizer import TextTokenizer
 from ..models.cosyvoice.voice import Voice
 from ..models.files import CheckpointError, check_keys, read_json, read_safetensors, reading
-from .synthesizer import Reader, Speech
+from .speech import Reader, Speech
 
 KIND = "speech"
 VOICES = "voices"

@@ -22,7 +22,8 @@ from antiphon.models.cosyvoice.flow_hops import SCHEDULE
 from antiphon.models.files import CheckpointError
 from antiphon.pipelines.engine import AtCapacity
 from antiphon.pipelines.speech_checkpoint import load
-from antiphon.pipelines.synthesizer import Piece, Synthesis, Synthesizer, timings
+from antiphon.pipelines.synthesis import Piece, Synthesis, timings
+from antiphon.pipelines.synthesizer import Synthesizer
 
 Samples = NDArray[np.float32]
 

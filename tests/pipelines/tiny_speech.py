@@ -17,8 +17,8 @@ from antiphon.models.cosyvoice.lm import SpeechLM
 from antiphon.models.cosyvoice.lm_config import LMConfig
 from antiphon.models.cosyvoice.tokenizer import TextTokenizer
 from antiphon.models.cosyvoice.voice import Voice
+from antiphon.pipelines.speech import Reader, Speech
 from antiphon.pipelines.speech_checkpoint import save
-from antiphon.pipelines.synthesizer import Reader, Speech
 
 SPEECH, TEXT, MELS = 50, 320, 8
 CHUNK = 5

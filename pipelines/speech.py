@@ -1,0 +1,149 @@
+"""The three models that speak together, and the voices they share (CosyVoice 2, arXiv 2412.10117): a language model
+writes speech tokens, the flow draws mel frames, the vocoder sounds them. Each is a model of the engine with slots of
+its own, so that one session's tokens are written while another's frames are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..codecs.hift import HiFT
+from ..models.cosyvoice.flow_stream import StreamingFlow
+from ..models.cosyvoice.flow_voices import FlowVoice
+from ..models.cosyvoice.lm import SpeechLM
+from ..models.cosyvoice.voice import Voice
+from ..models.streaming import Specs, State, StreamingModel
+from .engine import Engine
+from .graph import did_you_mean
+
+Part = Literal["lm", "flow", "vocoder"]
+
+PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
+TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
+
+
+class Tokenizes(Protocol):
+    """Text to tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """A voice that the models know: its caches lie in the flow, once for all sessions."""
+
+    voice: Voice
+    flow: FlowVoice
+    prompt_text: tuple[int, ...]
+
+    @property
+    def prompt_speech(self) -> tuple[int, ...]:
+        """What the language model reads of the clip: nothing where it is not known what is said in it."""
+        return tuple(self.voice.prompt_tokens.tolist()) if self.prompt_text else ()
+
+
+class Reader(StreamingModel):
+    """The language model with its tokenizer and the voices registered by name; the first is the default."""
+
+    def __init__(self, lm: SpeechLM, tokenizer: Tokenizes, language: str = "en") -> None:
+        super().__init__()
+        self.lm, self.tokenizer, self.language = lm, tokenizer, language
+        self.voices: dict[str, Registered] = {}
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        return self.lm.variants
+
+    def tick(self, variant: Hashable) -> float:
+        return self.lm.tick(variant)
+
+    def prepare(self) -> None:
+        self.lm.prepare()
+
+    def state_spec(self) -> Specs:
+        return self.lm.state_spec()
+
+    def input_spec(self, variant: Hashable) -> Specs:
+        return self.lm.input_spec(variant)
+
+    def probe_inputs(self, variant: Hashable, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """See ``SpeechLM``."""
+        return self.lm.probe_inputs(variant, rows, generator)
+
+    def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """See ``SpeechLM``."""
+        return self.lm.step(inputs, state, slots, active)
+
+    def voice(self, name: str | None) -> Registered:
+        """A registered voice; None for the first. Raises ValueError."""
+        if name is None and self.voices:
+            return next(iter(self.voices.values()))
+        if name not in self.voices:
+            if not self.voices:
+                raise ValueError("no voice was registered: give one, made by antiphon voice make")
+            raise ValueError(f"no voice {name!r}{did_you_mean(name or '', self.voices)}")
+        return self.voices[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Speech:
+    """The models that speak together. Raises ValueError where they do not fit together."""
+
+    reader: Reader
+    flow: StreamingFlow
+    vocoder: HiFT
+
+    def __post_init__(self) -> None:
+        lm, flow, vocoder = self.reader.lm.config, self.flow.config, self.vocoder.config
+        if lm.speech != flow.vocabulary:
+            raise ValueError(f"the language model writes {lm.speech} tokens, the flow reads {flow.vocabulary}")
+        if flow.mels != vocoder.mels:
+            raise ValueError(f"the flow draws {flow.mels} mels, the vocoder sounds {vocoder.mels}")
+
+    @property
+    def rate(self) -> int:
+        """Hertz of the sound."""
+        return self.vocoder.config.sample_rate
+
+    @property
+    def parts(self) -> dict[Part, StreamingModel]:
+        """The models by part."""
+        return {"lm": self.reader, "flow": self.flow, "vocoder": self.vocoder}
+
+    def install(self, engine: Engine, name: str = "speak", *, slots: int, **options: Any) -> None:
+        """Add the models to an engine, as ``name.lm``, ``name.flow`` and ``name.vocoder``. Blocks.
+
+        slots: sessions. options: as of ``Engine.add``.
+        """
+        for part, model in self.parts.items():
+            engine.add(f"{name}.{part}", model, slots=slots, **{"tick": TICKS[part]} | options)
+
+    def register(self, engine: Engine, name: str, voice: Voice) -> None:
+        """Make a voice known under a name, in the engine's thread, where the models must be by now. Blocks.
+
+        Raises ValueError for a voice that does not fit the models, or a name that is taken, and RuntimeError when the
+        flow has no room for more.
+        """
+        if name in self.reader.voices:
+            raise ValueError(f"there is a voice {name!r} already: give another name")
+        tokens = voice.prompt_tokens.tolist()
+        add = partial(self.flow.add_voice, tokens, voice.prompt_mel, voice.embedding)
+        made = engine.ask_sync(add)
+        text = tuple(self.reader.tokenizer.encode(voice.prompt_text)) if voice.prompt_text else ()
+        self.reader.voices[name] = Registered(voice, made, text)
+
+    @classmethod
+    def of(cls, engine: Any, name: str = "speak") -> Speech:
+        """What ``install`` added. Raises ValueError for names that are not there, TypeError for other models."""
+        found = [engine.model(f"{name}.{part}") for part in PARTS]
+        reader, flow, vocoder = found
+        if isinstance(reader, Reader) and isinstance(flow, StreamingFlow) and isinstance(vocoder, HiFT):
+            return cls(reader, flow, vocoder)
+        raise TypeError(f"the models {name!r} do not speak: {', '.join(type(model).__name__ for model in found)}")
