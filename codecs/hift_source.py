@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.layers.noise import GAMMA, mix
 from .hift_context import Context, Signal
 
 CYCLE = 2**48
 """One cycle of phase, as an integer."""
-
-_GOLDEN, _MIX_1, _MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class Pitch(nn.Module):
@@ -98,18 +97,11 @@ class Harmonics(nn.Module):
 def gaussian(seed: Tensor, first: Tensor, count: int) -> Tensor:
     """Samples ``first [B]`` and on of the standard Gaussian noise that belongs to ``seed [B]``: ``[B, count]`` float64.
 
-    SplitMix64 (Steele et al. 2014) of the seed and a sample's number gives two uniforms of 32 bits, of which Box and
-    Muller make a Gaussian. Both int64.
+    SplitMix64 of the seed and a sample's number gives two uniforms of 32 bits, of which Box and Muller make a Gaussian.
+    Both int64.
     """
     number = first[:, None] + torch.arange(1, count + 1, device=first.device)
-    bits = _mix(_mix(seed)[:, None] + number * _GOLDEN)
+    bits = mix(mix(seed)[:, None] + number * GAMMA)
     # In float64, since logarithm and cosine are not rounded alike in different places of a tensor.
     radius = (-2 * (((bits & 0xFFFFFFFF).double() + 1) * 2.0**-32).log()).sqrt()
     return radius * torch.cos((bits >> 32).double() * (2 * math.pi * 2.0**-32))
-
-
-def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser. Its shifts are of unsigned numbers: masks take the sign's copies away."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX_1
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MIX_2
-    return z ^ ((z >> 31) & (2**33 - 1))
