@@ -339,11 +339,12 @@ def _size(sizes: Sequence[int], frames: int, final: bool) -> int:
 
 
 def timings(text: str, start: float, seconds: float) -> tuple[Word, ...]:
-    """The words of a passage of ``seconds`` that begins at ``start``, each as long as its share of the letters.
+    """The words of a passage of ``seconds`` that begins at ``start``, each as long as its share of the letters,
+    to the millisecond.
 
     The models do not tell when a word is said: this is an approximation, off by a few tenths of a second.
     """
     words = text.split()
     weights = np.cumsum([0, *(len(word) + 1 for word in words)])
-    edges = (start + seconds * weights / max(1, weights[-1])).tolist()
+    edges = np.round(start + seconds * weights / max(1, weights[-1]), 3).tolist()
     return tuple(Word(word, edges[index], edges[index + 1]) for index, word in enumerate(words))
