@@ -50,6 +50,9 @@ def transcribe(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File, or folder for several files.")] = None,
     language: Annotated[str | None, typer.Option(help="For models with a choice of language, such as en-US.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="beam, rnnt or ctc (both greedy, cheaper); by default the model's own.")
+    ] = None,
 ) -> None:
     """Turn speech into text."""
     from .transcribe import run
@@ -63,6 +66,7 @@ def transcribe(
         output=output,
         language=language,
         device=device,
+        decoder=decoder,
     )
 
 
@@ -119,11 +123,16 @@ def serve(
         str, typer.Option(help="Address to listen on; others than loopback need a secret and TLS.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
-    graph: Annotated[str, typer.Option(help="captions, parrot, scenes, or a YAML file.")] = "captions",
+    graph: Annotated[
+        str, typer.Option(help="captions, parrot, scenes, converse, dictate, or a YAML file.")
+    ] = "captions",
     model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
     lookahead: Annotated[
         list[float] | None, typer.Option(help="Milliseconds that clients may choose; repeatable. All by default.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="beam, rnnt or ctc (both greedy, cheaper); by default the model's own.")
     ] = None,
     max_sessions: Annotated[int, typer.Option(min=1, help="Calls at a time; more are refused.")] = 32,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
@@ -148,6 +157,7 @@ def serve(
         model=model,
         device=device,
         lookaheads=lookahead,
+        decoder=decoder,
         max_sessions=max_sessions,
         tls_cert=tls_cert,
         tls_key=tls_key,

@@ -49,6 +49,7 @@ def run(
     model: str | None,
     device: str | None,
     lookaheads: Sequence[float] | None,
+    decoder: str | None = None,
     max_sessions: int,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -77,7 +78,7 @@ def run(
     async def start() -> None:
         try:
             with console.status("Loading and warming the models"):
-                load = partial(_engine, service.graph({}), model, device, lookaheads, max_sessions)
+                load = partial(_engine, service.graph({}), model, device, lookaheads, decoder, max_sessions)
                 service.engine, service.native, found = await apart(load)
         except (CheckpointError, ImportError, ValueError) as error:
             failures.append(error)
@@ -183,7 +184,12 @@ def _graph(name: str) -> GraphMaker:
 
 
 def _engine(
-    graph: Graph, model: str | None, device: str | None, lookaheads: Sequence[float] | None, slots: int
+    graph: Graph,
+    model: str | None,
+    device: str | None,
+    lookaheads: Sequence[float] | None,
+    decoder: str | None,
+    slots: int,
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +199,7 @@ def _engine(
         if isinstance(node, Dictate):
             return _duplex(node.model, model or duplex.PUBLISHED_WRITER, device, slots)
     checkpoint = load(model, device=device)
-    recognizer = Recognizer(checkpoint)
+    recognizer = Recognizer(checkpoint, decoder)
     variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
     main = Engine(device)
     main.add("asr", recognizer, slots=slots, variants=variants)

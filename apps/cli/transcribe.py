@@ -52,6 +52,7 @@ def run(
     output: Path | None,
     language: str | None,
     device: str | None,
+    decoder: str | None = None,
 ) -> None:
     """See ``antiphon transcribe --help``. Raises CommandError, after captioning what can be captioned."""
     if realtime and STDIN in files:
@@ -62,7 +63,7 @@ def run(
     console = stderr()
     try:
         with console.status("Loading the model"):
-            transcriber = Transcriber(model, lookahead, device=device, language=language)
+            transcriber = Transcriber(model, lookahead, device=device, decoder=decoder, language=language)
             transcriber.recognizer.constant_inputs(language)
     except (CheckpointError, ValueError) as error:
         raise CommandError(str(error)) from error
