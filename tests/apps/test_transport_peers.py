@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,3 +76,14 @@ def test_calls_are_summed_up_and_drawn(tmp_path: Path) -> None:
     picture = plot_transport_peers(write_result("transport_peers", "none", numbers, tmp_path))
     drawn = picture.read_text(encoding="utf-8")
     assert all(label in drawn for label in (*TRANSPORTS.values(), *PARTS.values()))
+
+
+def test_the_published_figures_hold_what_is_promised() -> None:
+    numbers = json.loads(
+        (Path(__file__).parents[2] / "apps" / "bench" / "results" / "transport_peers.json").read_text(encoding="utf-8")
+    )["numbers"]
+    assert bench.verdict(numbers) == numbers["verdict"]
+    for name, one in numbers["verdict"].items():
+        if isinstance(one, dict):
+            assert one["measured"] >= one.get("at_least", one["measured"]), name
+            assert one["measured"] <= one.get("at_most", one["measured"]), name
