@@ -183,6 +183,67 @@ def codec(
 
 
 @app.command()
+def speak(
+    text: Annotated[str, typer.Argument(help="What to say.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File: .wav, .flac, .opus, .mp3; else it is played.")
+    ] = None,
+    voice: Annotated[
+        str | None, typer.Option(help="Name, a file of antiphon voice make, or a clip of 3 to 10 seconds.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another one says it another way.")] = 0,
+    stream_from_stdin: Annotated[
+        bool, typer.Option("--stream-from-stdin", help="Speak what comes on standard input, as it comes.")
+    ] = False,
+    speaker: Annotated[
+        str | None, typer.Option(help="Loudspeaker, by number or part of its name; see antiphon mic --list.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Turn text into speech."""
+    from .speak import run
+
+    run(
+        text,
+        output=output,
+        voice=voice,
+        model=model,
+        seed=seed,
+        stream_from_stdin=stream_from_stdin,
+        speaker=speaker,
+        device=device,
+    )
+
+
+voices = typer.Typer(help="Voices to speak with.", no_args_is_help=True)
+app.add_typer(voices, name="voice")
+
+
+@voices.command("make")
+def make_voice(
+    clip: Annotated[str, typer.Argument(help="A recording of 3 to 10 seconds of one speaker.", metavar="CLIP")],
+    output: Annotated[str, typer.Option("--output", "-o", help="A name, or a .safetensors file.")],
+    text: Annotated[str, typer.Option(help="What is said in it.")] = "",
+    model: Annotated[str | None, typer.Option(help="Hub name or path of the model that is to speak.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+) -> None:
+    """Make a voice of a recording."""
+    from .voice import make
+
+    make(clip, output=output, text=text, model=model, device=device)
+
+
+@voices.command("list")
+def list_voices() -> None:
+    """The voices made on this computer."""
+    from ..voices import made
+
+    for name in made():
+        print(name)
+
+
+@app.command()
 def token(
     seconds: Annotated[float, typer.Option(min=1, max=3600, help="How long it may be used to join.")] = 60.0,
 ) -> None:

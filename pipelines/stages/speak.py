@@ -126,12 +126,14 @@ class _Saying:
 
     async def run(self, text: Input, control: Input) -> AsyncGenerator[Out, None]:
         """The sound. Raises Stale when an interruption has ended it."""
-        while not self.synthesis.done:
+        while True:
             self._poll(text, control)
             for piece in self.synthesis.pieces():
                 for out in self._out(piece):
                     yield out
                     self._check()
+            if self.synthesis.done:
+                break
             spare = self._spare()
             enough = self._ahead is not None and spare >= self._ahead
             for part in PARTS:
@@ -143,8 +145,6 @@ class _Saying:
                 done, _ = await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED)
                 for future in done:
                     self.synthesis.take(self._flying.pop(future), future.result())
-            elif self.synthesis.done:
-                break
             elif enough:
                 await self.ctx.sleep(NAP)
             elif await select(control, text) is None:
