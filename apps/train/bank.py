@@ -110,6 +110,21 @@ class Bank:
     def of(self, *roles: Role) -> list[Utterance]:
         return [one for one in self.utterances if one.role in roles]
 
+    def summary(self) -> dict[str, dict[str, object]]:
+        """What a card says of each role."""
+        roles: dict[str, list[Utterance]] = {}
+        for one in self.utterances:
+            roles.setdefault(one.role, []).append(one)
+        return {
+            role: {
+                "utterances": len(some),
+                "hours": round(sum(one.seconds for one in some) / 3600, 2),
+                "voices": len({one.voice for one in some}),
+                "licences": sorted({one.licence for one in some}),
+            }
+            for role, some in roles.items()
+        }
+
     def audio(self, one: Utterance) -> NDArray[np.float32]:
         samples: NDArray[np.float32] = self.pcm[one.begin : one.begin + one.samples].astype(np.float32) / 32768
         return samples

@@ -111,6 +111,8 @@ class Composer:
         self.style, self.frames = style or Style(), frames
         known = {question.key: question for question in questions()}
         test = part != "train"
+        if missing := {one.source for one in bank.of("question", "first half")} - set(known):
+            raise ValueError(f"the bank asks {min(missing)!r}, which is no question now: make the bank again")
 
         def heard(*roles: str) -> list[Utterance]:
             return [one for one in bank.of(*roles) if one.held_out == test]  # type: ignore[arg-type]
@@ -237,6 +239,11 @@ class Encode:
         import sentencepiece
 
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @property
+    def size(self) -> int:
+        """Tokens that there are."""
+        return int(self._pieces.vocab_size())
 
     def __call__(self, word: str) -> list[int]:
         tokens: list[int] = self._pieces.encode(word)

@@ -1,0 +1,135 @@
+"""Write a trained dialogue model as a checkpoint with its card, or a new card with figures.
+
+    python -m antiphon.apps.train.duplex_card duplex-run models/weights/antiphon-talk-en-12m --figures behaviour.json
+
+RUN is the folder that ``duplex.py`` wrote; the figures come from ``duplex_eval.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...codecs import mimi_checkpoint
+from ...codecs.mimi import Mimi
+from ...models.moshi import checkpoint
+from ...models.moshi.lm import MoshiLM
+from ..bench.common import command_line
+
+RUN = "run.json"
+CARD = "README.md"
+LARGEST = 25_000_000  # bytes of a model that ships with the package
+
+
+def export(
+    folder: Path, lm: MoshiLM, codec: Mimi, tokenizer: bytes, settings: Mapping[str, Any], run: Mapping[str, Any]
+) -> None:
+    """Write the checkpoint. Raises ValueError for one too large to ship, or with weights beyond float16."""
+    for name, value in lm.state_dict().items():
+        if not value.half().isfinite().all():
+            raise ValueError(f"weight {name} does not fit into float16")
+    checkpoint.save(folder, lm, settings)
+    mimi_checkpoint.save(folder / checkpoint.CODEC, codec)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    (folder / CARD).write_text(write_card(folder.name, size_of(folder), run), encoding="utf-8")
+    if (size := size_of(folder)) > LARGEST:
+        raise ValueError(f"{folder} has {size:,} bytes; what ships has {LARGEST:,} at most: make the networks smaller")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a checkpoint's files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != CARD)
+
+
+def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> str:
+    """The README of a checkpoint: what it is, from what it was made and how, how it behaves."""
+    lines = [
+        "---",
+        "license: cc-by-4.0",
+        "language: en",
+        "---",
+        f"# {name}",
+        "",
+        "A tiny English full-duplex dialogue model: Mimi's and Moshi's networks in small, trained from nothing "
+        f"({size / 1e6:.1f} MB in float16). It hears and speaks at the same time, 80 ms at a time, with an inner "
+        "monologue of text. It knows a closed world of questions: small sums, counting, spelling, days and months, "
+        "capitals, colours, opposites, animals, greetings; to other talk it says that it does not know. It is made to "
+        "show and to measure full-duplex behaviour on a laptop without a network, not to be an assistant.",
+        "",
+        "Licence of the weights: CC BY 4.0, because of the speech they were trained on; attributions below.",
+        "",
+        "## Training data",
+        "",
+        "Dialogues composed of these utterances, never the same twice:",
+        "",
+        "| what | utterances | hours | voices | licences |",
+        "|---|---|---|---|---|",
+    ]
+    for role, facts in run["bank"].items():
+        licences = ", ".join(facts["licences"])
+        lines.append(f"| {role} | {facts['utterances']} | {facts['hours']} | {facts['voices']} | {licences} |")
+    lines += [
+        "",
+        "Synthetic speech is hibari's and Kokoro's (Apache-2.0). Some forms, questions and voices, told by a hash of "
+        "their names, were kept for testing.",
+        "",
+        "## Recipe",
+        "",
+        f"`{command_line('antiphon.apps.train.duplex', run['command'][1:])}`, "
+        f"seed {run['seed']}, {run['steps']} steps.",
+        "",
+        "```json",
+        json.dumps(run["recipe"], indent=1),
+        "```",
+        "",
+        "Losses in nats a token, each token given the right ones before it; `right` is the share of text tokens:",
+        "",
+        "```json",
+        json.dumps(run["measured"], indent=1),
+        "```",
+        "",
+        "## Behaviour",
+        "",
+        *(["Not measured yet: run `antiphon train duplex_eval`."] if figures is None else table(figures)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(figures: Mapping[str, Any]) -> list[str]:
+    """The behaviour table that ``duplex_eval.py`` wrote, as Markdown."""
+    lines = ["| behaviour | " + " | ".join(figures["sets"]) + " |", "|---" * (1 + len(figures["sets"])) + "|"]
+    names = list(dict.fromkeys(name for rows in figures["sets"].values() for name in rows))
+    for name in names:
+        cells = []
+        for rows in figures["sets"].values():
+            row = rows.get(name)
+            cells.append("" if row is None else _cell(row))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    if "of" in row:
+        return f"{row['value']}/{row['of']}"
+    return f"{row['value']} {row['unit']}"
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
+    model: Annotated[Path, typer.Argument(help="Folder to write.")],
+    figures: Annotated[Path | None, typer.Option(help="JSON that duplex_eval.py wrote.")] = None,
+) -> None:
+    """Copy a run's model to where it ships from, with a card that has the figures."""
+    facts = json.loads((run / RUN).read_text(encoding="utf-8"))
+    numbers = json.loads(figures.read_text(encoding="utf-8")) if figures else None
+    shutil.copytree(run / "model", model, dirs_exist_ok=True)
+    (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
