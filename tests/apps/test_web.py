@@ -13,6 +13,10 @@ from urllib.parse import urlsplit
 import jiwer
 import pytest
 
+import antiphon
+
+from ..conftest import SAMPLE
+
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SAID = (
@@ -72,7 +76,10 @@ def test_a_call_is_captioned(browser: Any, parrot_server: str, tmp_path: Path) -
     )
     heard = " ".join(page.locator("#finals li:not(.said) > span").all_inner_texts())
     words = heard.split()[: len(SAID.split())]
-    assert jiwer.wer(SAID, " ".join(words)) < 0.5
+    finals = [caption for caption in antiphon.transcribe(SAMPLE) if isinstance(caption, antiphon.Final)]
+    alone = [word.text for final in finals for word in final.words][: len(words)]
+    # Four words of 36: the browser's clip begins anywhere in a block, and has been through Opus.
+    assert jiwer.wer(SAID, " ".join(words)) <= jiwer.wer(SAID, " ".join(alone)) + 0.12
     assert page.locator("#problem").is_hidden()
     page.wait_for_function("() => document.getElementById('level').value > 0.3")
     page.wait_for_function("() => document.getElementById('reply-level').value > 0.3")
