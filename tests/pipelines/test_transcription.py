@@ -307,9 +307,11 @@ def test_what_a_beam_search_leaves_open_is_shown_and_settled_at_the_end(checkpoi
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["rnnt", "beam"])
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
-def test_captured_steps_hear_what_the_cpu_hears(checkpoint: Path, recognizer: Recognizer, lookahead: int) -> None:
-    captured = Recognizer(load(checkpoint, device="cuda"))
+def test_captured_steps_hear_what_the_cpu_hears(checkpoint: Path, lookahead: int, decoder: str) -> None:
+    recognizer = Recognizer(load(checkpoint), decoder)
+    captured = Recognizer(load(checkpoint, device="cuda"), decoder)
     pcm = noise(160_000, 4)
     expected, heard = alone(recognizer, lookahead, pcm), alone(captured, lookahead, pcm, device="cuda")
     assert abs(len(heard) - len(expected)) <= 0.02 * len(expected)
