@@ -6,7 +6,7 @@ Inlets: ``audio`` and ``control``, and ``video`` where the graph looks. Outputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from .stages.dictate import Dictate
 from .stages.emit import emit
 from .stages.parrot import Parrot
 from .stages.scenes import Scenes
+from .stages.speak import Speak
 from .stages.transcribe import Transcribe
 from .stages.turns import Turns
 from .turn_taking import TurnSettings
@@ -58,9 +59,7 @@ def scenes(options: Mapping[str, Any]) -> Graph:
 def converse(options: Mapping[str, Any]) -> Graph:
     """A full-duplex dialogue (see ``Converse``, whose options these are). Raises ValueError, naming the option."""
     known = [name for name in Converse.parameters.parameters if name not in ("self", "model")]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"no option {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}")
+    _check(options, known)
     talk = Converse(**options)
     return (Inlet().named("audio") >> talk) | (Inlet().named("control") >> talk["control"])
 
@@ -79,6 +78,16 @@ def dictate(options: Mapping[str, Any]) -> Graph:
     return Inlet().named("audio") >> Dictate(endpoint=endpoint / 1000).named("captions")
 
 
+def speaking(options: Mapping[str, Any]) -> Graph:
+    """Text to speech: the inlet ``text``, and ``speak.audio`` and ``speak.said`` as fast as they are made.
+
+    options: ``voice`` and ``seed``, see ``Speak``. Raises ValueError, naming the option.
+    """
+    _check(options, ("voice", "seed"))
+    speak = Speak(voice=options.get("voice"), seed=options.get("seed"), ahead=None)
+    return Inlet().named("text") >> speak["text"]
+
+
 GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
     "captions": captions,
     "parrot": parrot,
@@ -89,9 +98,7 @@ GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
 
 
 def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
-    for name in options:
-        if name not in OPTIONS:
-            raise ValueError(f"no option {name!r}{did_you_mean(name, OPTIONS)}: there are {', '.join(OPTIONS)}")
+    _check(options, OPTIONS)
     endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
     if endpoint <= 0:
         raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
@@ -109,6 +116,12 @@ def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
         | (control >> turns["control"])
     )
     return graph, asr, turns, control
+
+
+def _check(options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise ValueError(f"no option {name!r}{did_you_mean(name, known)}: there are {', '.join(known)}")
 
 
 def _number(options: Mapping[str, Any], name: str, default: float) -> float:

@@ -1,10 +1,10 @@
 """Calls: one served session of a graph, whatever protocol speaks for it, and however often its connection breaks.
 
-A call owns a running ``Session``. Sound, pictures and control events go in through the graph's inlets (``audio``,
-``video``, ``control``; a single inlet of another name takes the sound). What leaves the graph through unconnected
-output ports comes out as numbered items: ``Text`` captions, ``Audio`` to play, ``Event``s. The last items are kept,
-so that a client that reconnects continues after the last number it saw. One connection reads at a time; another that
-reads takes over. A reader that falls behind makes the graph wait: every queue on the way is bounded.
+A call owns a running ``Session``. Sound, pictures, text and control events go in through the graph's inlets
+(``audio``, ``video``, ``text``, ``control``; a single inlet of another name takes the sound). What leaves the graph
+through unconnected output ports comes out as numbered items: ``Text`` captions, ``Audio`` to play, ``Event``s. The last
+items are kept, so that a client that reconnects continues after the last number it saw. One connection reads at a time;
+another that reads takes over. A reader that falls behind makes the graph wait: every queue on the way is bounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..pipelines.chunk import Audio, Chunk, Event, Video
+from ..pipelines.chunk import Audio, Chunk, Event, Text, Video
 from ..pipelines.graph import Graph, Port
 from ..pipelines.session import Session
 from ..pipelines.stage import Inlet, StageError
@@ -58,9 +58,9 @@ class Item:
 
 
 def inlets(graph: Graph) -> dict[str, str]:
-    """What a served graph takes, ``audio``, ``video`` or ``control``, and the inlet that takes it."""
+    """What a served graph takes, ``audio``, ``video``, ``text`` or ``control``, and the inlet that takes it."""
     names = [graph.names[node] for node in graph.nodes if isinstance(node, Inlet)]
-    found = {name: name for name in names if name in ("audio", "video", "control")}
+    found = {name: name for name in names if name in ("audio", "video", "text", "control")}
     others = [name for name in names if name not in found]
     if "audio" not in found and len(others) == 1:
         found["audio"] = others[0]
@@ -98,7 +98,7 @@ class Call:
     # ---------------------------------------------------------------- in
 
     def takes(self, inlet: str) -> bool:
-        """Whether the graph has this input: ``audio``, ``video`` or ``control``."""
+        """Whether the graph has this input: ``audio``, ``video``, ``text`` or ``control``."""
         return inlet in self._inlets
 
     @property
@@ -126,6 +126,10 @@ class Call:
     async def see(self, pixels: NDArray[np.uint8], ticks: int, rate: int = 90000) -> None:
         """A picture ``[height, width, 3]`` RGB at media time ``ticks / rate`` seconds. Raises NoInlet."""
         await self._send("video", Video(pixels=pixels, rate=rate, start=ticks))
+
+    async def write(self, text: str, *, final: bool = True) -> None:
+        """Text for the graph, at the media time of the sound taken so far. Raises NoInlet."""
+        await self._send("text", Text(text=text, rate=MEDIA_RATE, start=self._now, final=final))
 
     async def tell(self, name: str, data: Mapping[str, Any] | None = None) -> None:
         """A control event for the graph, at the media time of the sound taken so far. Raises NoInlet."""
@@ -260,8 +264,12 @@ class Call:
         self._add(self._event("interrupted", {"epoch": epoch, **known}))
 
     def _event(self, name: str, data: Mapping[str, Any] | None) -> Event:
-        start = self.received * MEDIA_RATE // self.rate if self.rate else 0  # never after the sound taken
-        return Event(name=name, data=dict(data or {}), rate=MEDIA_RATE, start=start)
+        return Event(name=name, data=dict(data or {}), rate=MEDIA_RATE, start=self._now)
+
+    @property
+    def _now(self) -> int:
+        """Media position of what comes beside the sound: never after the sound taken."""
+        return self.received * MEDIA_RATE // self.rate if self.rate else 0
 
     async def _send(self, inlet: str, chunk: Chunk) -> None:
         if inlet not in self._inlets:

@@ -100,14 +100,14 @@ class Service:
 
     @asynccontextmanager
     async def connect(
-        self, options: Mapping[str, Any] | None = None, *, resume: str | None = None
+        self, options: Mapping[str, Any] | None = None, *, resume: str | None = None, graph: GraphMaker | None = None
     ) -> AsyncIterator[Call]:
-        """A call for one connection: new, or that of a ``resume`` token.
+        """A call for one connection: new, or that of a ``resume`` token. graph: another than the service's.
 
         Leaving the block ends the call, except by ConnectionLost (raised on), which keeps it. Raises Full, NoSuchCall,
         BadToken, and ValueError for options that the graph cannot take.
         """
-        call = await self._open(options or {}) if resume is None else self._resume(resume)
+        call = await self._open(options or {}, graph or self.graph) if resume is None else self._resume(resume)
         self._holders[call.id] += 1
         kept = False
         try:
@@ -162,7 +162,7 @@ class Service:
         for call in list(self._ended.values()):
             self._forget(call)
 
-    async def _open(self, options: Mapping[str, Any]) -> Call:
+    async def _open(self, options: Mapping[str, Any], graph: GraphMaker) -> Call:
         if self.closing:
             raise Full("the server is shutting down", self.keep)
         if self.starting:
@@ -171,7 +171,7 @@ class Service:
         if sum(not call.ended for call in self.calls.values()) >= self.max_calls:
             self.counts["refused"] += 1
             raise Full(f"{self.max_calls} calls are running", self.keep)
-        call = Call(secrets.token_hex(8), self.graph(options), self.engine, max_seconds=self.max_seconds)
+        call = Call(secrets.token_hex(8), graph(options), self.engine, max_seconds=self.max_seconds)
         self.calls[call.id] = call
         try:
             await call.start()

@@ -29,6 +29,7 @@ PROTOCOLS = (
     "protocols.deepgram",
     "protocols.twilio",
     "protocols.moshi_chat",
+    "protocols.speech",
     "webrtc.routes",
 )
 PAGE = ("/", "/info", "/graph.svg", "/style.css", "/favicon.ico")
