@@ -126,7 +126,7 @@ def main(
 ) -> None:
     """Copy a run's model to where it ships from, with a card that has the figures."""
     facts = json.loads((run / RUN).read_text(encoding="utf-8"))
-    numbers = json.loads(figures.read_text(encoding="utf-8")) if figures else None
+    numbers = json.loads(figures.read_text(encoding="utf-8"))["numbers"] if figures else None
     shutil.copytree(run / "model", model, dirs_exist_ok=True)
     (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers), encoding="utf-8")
 
