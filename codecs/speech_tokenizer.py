@@ -153,7 +153,7 @@ class Encoder(nn.Module):
             frames = (frames + 1) // 2
         x = x.transpose(1, 2)
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        turn = rotation(positions, self.config.width // self.config.heads, self.config.theta, x.dtype)
+        turn = rotation(positions, self.config.width // self.config.heads, self.config.theta, x.dtype, "half")
         real = _within(frames, x.shape[1])
         for block in self.blocks:
             x = block(x, turn, real)

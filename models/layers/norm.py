@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +17,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d] -> [..., d]``."""
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (scale * self.weight)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

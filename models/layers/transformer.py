@@ -91,8 +91,8 @@ class TransformerConfig:
 class Context(Protocol):
     """Where attention finds what lies outside its input."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query ``[B, T, H, D]``, key and value ``[B, T, K, D]``, not rotated -> heard ``[B, T, H, D]``."""
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
+        """Queries, keys and values, ``[B, T, H + 2 K, D]``, not rotated -> heard ``[B, T, H, D]``."""
 
 
 class Transformer(nn.Module):
@@ -173,7 +173,6 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.shapes = (config.heads, config.kv, config.kv)
         self.head = config.head
         inner = config.heads * config.head
         self.qkv = _linear(config, config.width, inner + 2 * config.kv * config.head, config.qkv_bias)
@@ -181,9 +180,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, context: Context, depth: Depth = None) -> Tensor:
         """``[B, T, d] -> [B, T, d]``."""
-        projected = _through(self.qkv, x, depth).unflatten(-1, (-1, self.head))
-        query, key, value = projected.split(self.shapes, 2)
-        return _through(self.out, context.attend(layer, query, key, value).flatten(2), depth)
+        heads = _through(self.qkv, x, depth).unflatten(-1, (-1, self.head))
+        return _through(self.out, context.attend(layer, heads).flatten(2), depth)
 
 
 class FeedForward(nn.Module):
@@ -213,9 +211,8 @@ class WholeSequence:
         """positions: ``[T]`` int64, the same for every row, rising by one."""
         self.attention = _Attention(config, positions[None], positions[None], dtype)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, far, key = self.attention.turn(query, key)
-        return self.attention(query, far, key, value)
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
+        return self.attention(*self.attention.turn(heads))
 
 
 class RingStep:
@@ -233,7 +230,6 @@ class RingStep:
         dtype: torch.dtype,
     ) -> None:
         """rings: ``[S + 1, layers, sinks + ring, 2, K, D]``; seen: ``[B]`` positions before these; see ``step``."""
-        self.raw = config.raw_keys and config.rope is not None
         # 8-bit floats are moved as bytes: few operations know them.
         self.stored = rings.dtype
         self.rings = rings.view(torch.uint8) if rings.dtype.itemsize == 1 else rings
@@ -253,13 +249,12 @@ class RingStep:
             rows = torch.where(ahead < count[:, None], rows, rings.shape[0] - 1)
         self.write = (rows, place)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, far, turned = self.attention.turn(query, key)
-        fresh = torch.stack((key if self.raw else turned, value), 2).to(self.stored)
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
+        query, far, fresh = self.attention.turn(heads)
+        fresh = fresh.to(self.stored)
         ring = self.rings[:, layer]
         ring.index_put_(self.write, fresh.view(ring.dtype) if ring.dtype != self.stored else fresh)
-        keys, values = ring.index_select(0, self.slots).view(self.stored).to(self.dtype).unbind(2)
-        return self.attention(query, far, self.attention.turn_held(keys) if self.raw else keys, values)
+        return self.attention(query, far, ring.index_select(0, self.slots).view(self.stored).to(self.dtype))
 
 
 class Frame:
@@ -269,65 +264,77 @@ class Frame:
         self, config: TransformerConfig, rows: int, steps: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.config = config
-        self.cache = torch.zeros(config.layers, 2, rows, steps, config.kv, config.head, dtype=dtype, device=device)
+        self.cache = torch.zeros(config.layers, rows, steps, 2, config.kv, config.head, dtype=dtype, device=device)
         self.positions = torch.arange(steps, device=device)[None]
         self.fed = [0] * config.layers
         self.attention: _Attention | None = None
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
         first = self.fed[layer]
-        last = self.fed[layer] = first + query.shape[1]
+        last = self.fed[layer] = first + heads.shape[1]
         if layer == 0:
-            self.attention = _Attention(
-                self.config, self.positions[:, first:last], self.positions[:, :last], query.dtype
-            )
+            positions = self.positions[:, :last]
+            self.attention = _Attention(self.config, positions[:, first:], positions, heads.dtype, newest=True)
         assert self.attention is not None
-        query, far, key = self.attention.turn(query, key)
-        keys, values = self.cache[layer, :, :, :last]
-        keys[:, first:], values[:, first:] = key, value
-        return self.attention(query, far, keys, values)
+        query, far, fresh = self.attention.turn(heads)
+        held = self.cache[layer, :, :last]
+        held[:, first:] = fresh
+        return self.attention(query, far, held)
 
 
 class _Attention:
     """Attention of queries at ``positions`` over keys at ``held``: rotation, mask, softmax."""
 
-    def __init__(self, config: TransformerConfig, positions: Tensor, held: Tensor, dtype: torch.dtype) -> None:
-        """positions ``[B or 1, T]``; held ``[B or 1, M]``, -1 for entries without a key."""
+    def __init__(
+        self, config: TransformerConfig, positions: Tensor, held: Tensor, dtype: torch.dtype, *, newest: bool = False
+    ) -> None:
+        """positions ``[B or 1, T]``; held ``[B or 1, M]``, -1 for entries without a key.
+
+        newest: all of ``held`` are positions up to the last query: one query alone needs no mask within the window.
+        """
         self.config = config
+        self.dtype = dtype
         self.grouped = config.kv != config.heads
-        query, key = positions[:, :, None], held[:, None]
-        near = (key <= query) & ((key > query - config.window) | (key < config.sinks)) & (key >= 0)
-        self.bias = torch.zeros(near.shape, dtype=dtype, device=held.device).masked_fill_(~near, -math.inf)[:, None]
+        self.bias: Tensor | None = None
+        if not (newest and positions.shape[1] == 1 and held.shape[1] <= config.window) or config.sinks:
+            query, key = positions[:, :, None], held[:, None]
+            near = (key <= query) & ((key > query - config.window) | (key < config.sinks)) & (key >= 0)
+            bias = torch.zeros(near.shape, dtype=dtype, device=held.device).masked_fill_(~near, -math.inf)
+            self.bias = bias[:, None]
         self.turns = self.turns_far = self.turns_held = None
         if config.rope is not None:
-            self.turns = self._angles(positions)
+            self.turns = self._angles(positions, config.rope)
             if config.sinks:
-                self.turns_far = self._angles(positions.clamp(max=config.sinks + config.window - 1))
+                self.turns_far = self._angles(positions.clamp(max=config.sinks + config.window - 1), config.rope)
             if config.raw_keys:
-                self.turns_held = self._angles(held.clamp(min=0))
+                self.turns_held = self._angles(held.clamp(min=0), config.rope)
 
-    def _angles(self, positions: Tensor) -> Rotation:
-        return rotation(positions, self.config.head, self.config.theta, self.bias.dtype)
+    def _angles(self, positions: Tensor, layout: Layout) -> Rotation:
+        return rotation(positions, self.config.head, self.config.theta, self.dtype, layout)
 
-    def turn(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries as they meet the window's keys and as they meet the sinks', and keys, rotated."""
+    def turn(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries as they meet the window's keys and as they meet the sinks' (``[B, T, H, D]``), rotated, and keys and
+        values (``[B, T, 2, K, D]``), keys rotated unless they are kept raw."""
+        count, kv = self.config.heads, self.config.kv
+        query, fresh = heads[:, :, :count], heads[:, :, count:].unflatten(2, (2, kv))
         if self.turns is None or (layout := self.config.rope) is None:
-            return query, query, key
-        turned = rotate(query, self.turns, layout)
-        far = turned if self.turns_far is None else rotate(query, self.turns_far, layout)
-        return turned, far, rotate(key, self.turns, layout)
+            return query, query, fresh
+        far = None if self.turns_far is None else rotate(query, self.turns_far, layout)
+        if self.turns_held is None:
+            turned = rotate(heads[:, :, : count + kv], self.turns, layout)  # queries and keys at once
+            query, fresh = turned[:, :, :count], torch.stack((turned[:, :, count:], fresh[:, :, 1]), 2)
+        else:
+            query = rotate(query, self.turns, layout)
+        return query, query if far is None else far, fresh
 
-    def turn_held(self, keys: Tensor) -> Tensor:
-        """All held keys, rotated to their positions."""
-        assert self.turns_held is not None
-        assert self.config.rope is not None
-        return rotate(keys, self.turns_held, self.config.rope)
-
-    def __call__(self, query: Tensor, far: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """query and far ``[B, T, H, D]``, keys and values ``[B, M, K, D]`` -> ``[B, T, H, D]``."""
+    def __call__(self, query: Tensor, far: Tensor, held: Tensor) -> Tensor:
+        """query and far ``[B, T, H, D]``, keys and values ``[B, M, 2, K, D]`` -> ``[B, T, H, D]``."""
+        keys, values = held.unbind(2)
+        if self.turns_held is not None and self.config.rope is not None:
+            keys = rotate(keys, self.turns_held, self.config.rope)
         query, far, keys, values = (x.transpose(1, 2) for x in (query, far, keys, values))
         bias = self.bias
-        if self.config.sinks and self.turns_far is not None:
+        if bias is not None and self.turns_far is not None:
             # What the sinks score from the window's edge, less what they score from where the query really is.
             sinks = keys[:, :, : self.config.sinks].repeat_interleave(query.shape[1] // keys.shape[1], 1)
             nearer = (far - query) @ sinks.transpose(2, 3) * self.config.head**-0.5

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from antiphon.models.layers.packing import pack
-from antiphon.models.layers.rope import rotate, rotation
+from antiphon.models.layers.rope import Layout, rotate, rotation
 from antiphon.models.layers.stepped import SteppedLinear
 from antiphon.models.layers.transformer import Transformer, TransformerConfig
 
@@ -89,7 +90,7 @@ def test_attention_is_softmax_over_the_window():
     block = model.blocks[0]
     x = torch.randn(1, 12, 24, dtype=torch.float64)
     query, key, value = block.attention.qkv(block.norm1(x)).unflatten(-1, (3, 4, 6)).unbind(2)
-    turn = rotation(torch.arange(12)[None], 6, 10000.0, torch.float64)
+    turn = rotation(torch.arange(12)[None], 6, 10000.0, torch.float64, "half")
     scores = torch.einsum("bthd,bmhd->bhtm", rotate(query, turn, "half"), rotate(key, turn, "half")) / 6**0.5
     index = torch.arange(12)
     behind = index[:, None] - index
@@ -100,11 +101,11 @@ def test_attention_is_softmax_over_the_window():
 
 
 def test_a_rotation_turns_pairs_by_position():
-    turn = rotation(torch.tensor([[3]]), 4, 100.0, torch.float64)
+    pairs, halves = (rotation(torch.tensor([[3]]), 4, 100.0, torch.float64, layout) for layout in get_args(Layout))
     x = torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=torch.float64).view(1, 1, 1, 4)
     c, s = torch.tensor([3.0, 0.3], dtype=torch.float64).cos(), torch.tensor([3.0, 0.3], dtype=torch.float64).sin()
-    assert torch.allclose(rotate(x, turn, "interleaved").flatten(), torch.stack((c[0], s[0], -2 * s[1], 2 * c[1])))
-    assert torch.allclose(rotate(x, turn, "half").flatten(), torch.stack((c[0], -2 * s[1], s[0], 2 * c[1])))
+    assert torch.allclose(rotate(x, pairs, "interleaved").flatten(), torch.stack((c[0], s[0], -2 * s[1], 2 * c[1])))
+    assert torch.allclose(rotate(x, halves, "half").flatten(), torch.stack((c[0], -2 * s[1], s[0], 2 * c[1])))
 
 
 @pytest.mark.parametrize("kind", KINDS)
