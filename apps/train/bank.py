@@ -44,6 +44,7 @@ RATIOS = tuple(range(32, 51))  # of 40 parts: pitch, formants and length of hiba
 HALVED = 0.3  # share of the questions that are spoken in two halves
 ASIDES = 40  # voices that say each backchannel and each stop
 LOUDNESS = 0.08  # root mean square of what there is sound in
+STRESS = "\u02c8\u02cc"  # marks before a stressed vowel
 EDGE = 480  # samples left before and after the sound
 LONGEST_TALK, SHORTEST_TALK = 7.0, 1.5  # seconds
 CHUNK = 64  # utterances that a worker renders at a time
@@ -208,7 +209,8 @@ def word_times(text: str, phonemes: str, samples: int) -> tuple[tuple[str, int],
     if len(groups) != len(words):
         groups = words
     weights = [
-        sum(c.isalpha() for c in group) + 3 * (word[-1] in ",.?!") for group, word in zip(groups, words, strict=True)
+        sum(c.isalpha() and c not in STRESS for c in group) + 3 * (word[-1] in ",.?!")
+        for group, word in zip(groups, words, strict=True)
     ]
     begins = np.cumsum([0, *weights])[:-1] / max(1, sum(weights))
     inside = samples - 2 * EDGE
