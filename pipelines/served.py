@@ -15,8 +15,9 @@ from .graph import Graph, did_you_mean
 from .stage import Inlet, Stage
 from .stages.converse import Converse
 from .stages.dictate import Dictate
-from .stages.emit import emit
+from .stages.emit import emit, relay
 from .stages.parrot import Parrot
+from .stages.respond import Answer, Respond
 from .stages.scenes import Scenes
 from .stages.speak import Speak
 from .stages.transcribe import Transcribe
@@ -88,12 +89,33 @@ def speaking(options: Mapping[str, Any]) -> Graph:
     return Inlet().named("text") >> speak["text"]
 
 
+def talk(options: Mapping[str, Any], answer: Answer | None = None, instructions: str = "") -> Graph:
+    """``captions``, and each turn answered aloud: captions, a reply in text (see ``Respond``), its sound (``Speak``).
+
+    options: those of ``captions``, and ``voice``. answer, instructions: see ``Respond``. Raises ValueError.
+    """
+    voice = {name: options[name] for name in ("voice",) if name in options}
+    graph, asr, turns, control = _listening({name: options[name] for name in options if name not in voice})
+    respond, speak = Respond(answer=answer, instructions=instructions), Speak(**voice)
+    turn = Link(items=_TURN_SECONDS * 40, ms=_TURN_SECONDS * 1000)
+    return (
+        graph
+        | (turns["turn"] >> turn >> respond["turn"])
+        | (asr >> respond["text"])
+        | (control >> respond["control"])
+        | (respond["reply"] >> Link(items=256) >> speak["text"])
+        | (speak["said"] >> relay().named("reply"))
+        | (speak["said"] >> Link(items=64, feedback=True, policy="drop_oldest") >> respond["said"])
+    )
+
+
 GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
     "captions": captions,
     "parrot": parrot,
     "scenes": scenes,
     "converse": converse,
     "dictate": dictate,
+    "talk": talk,
 }
 
 

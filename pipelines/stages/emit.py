@@ -14,3 +14,10 @@ async def emit(ctx: Context, chunks: Input) -> AsyncIterator[Chunk]:
     """Passes everything on: ``asr >> (turns["text"], emit().named("captions"))`` makes the captions an output too."""
     async for chunk in chunks:
         yield replace(chunk, seq=UNSET)
+
+
+@stage
+async def relay(ctx: Context, chunks: Input) -> AsyncIterator[Chunk]:
+    """``emit`` for what an interruption takes back, such as the words of a reply."""
+    async for chunk in chunks:
+        yield replace(chunk, seq=UNSET)

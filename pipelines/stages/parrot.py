@@ -55,7 +55,7 @@ class Parrot(Stage):
 
     async def run(self, ctx: Context, turn: Input, text: Input, control: Input) -> AsyncIterator[Out]:
         """See the class."""
-        hearing, ended, captions, told = _Turn(), _Turn(), _Captions(), _Told()
+        hearing, ended, captions, told = _Turn(), _Turn(), Captions(), Told()
         captioned = not text.ended
         at = 0  # media position of the next reply, in samples at its rate
         while ready := await select(control, text, turn):
@@ -78,7 +78,7 @@ class Parrot(Stage):
             while (epoch := told.next_reply()) is not None:
                 rate, begin = self.rate or ended.rate, at
                 if captioned:
-                    yield "said", replace(captions.between(ended, rate, begin), epoch=epoch)
+                    yield "said", Text(text=captions.between(ended.span), rate=rate, start=begin, epoch=epoch)
                 for audio in ended.said(rate, at):
                     while (said := text.get_nowait()) is not None:
                         captions.add(said)
@@ -92,11 +92,13 @@ class Parrot(Stage):
                     yield "audio", replace(audio, epoch=epoch)
                     at = audio.end
                 if captioned and epoch == ctx.session.epoch:
-                    words = captions.between(ended, rate, begin)
-                    yield "said", replace(words, duration=at - begin, final=True, epoch=epoch)
+                    words = captions.between(ended.span)
+                    yield "said", Text(
+                        text=words, rate=rate, start=begin, duration=at - begin, final=True, epoch=epoch
+                    )  # fmt: skip
 
 
-class _Told:
+class Told:
     """What control events have asked for, as far as it was not done yet."""
 
     def __init__(self) -> None:
@@ -162,7 +164,7 @@ class _Turn:
         yield Audio(samples=resampler.flush(), rate=rate, start=start, final=True)
 
 
-class _Captions:
+class Captions:
     """What the recogniser has made of the recent past."""
 
     def __init__(self) -> None:
@@ -176,9 +178,14 @@ class _Captions:
         if chunk.final:
             self._final.append(chunk)
 
-    def between(self, turn: _Turn, rate: int, at: int) -> Text:
-        """The words said during the turn, as text that begins at media position ``at``."""
-        start, end = turn.span
+    @property
+    def open(self) -> bool:
+        """Whether the newest caption may still change."""
+        return self._open is not None
+
+    def between(self, span: tuple[float, float]) -> str:
+        """The words that begin within these seconds of media."""
+        start, end = span
         captions = [*self._final, *([self._open] if self._open is not None else [])]
         words = [word for caption in captions for word in caption.words if start <= word.start < end]
-        return Text(text=" ".join(word.text for word in words), rate=rate, start=at)
+        return " ".join(word.text for word in words)
