@@ -127,8 +127,8 @@ class Bank:
         }
 
     def audio(self, one: Utterance) -> NDArray[np.float32]:
-        samples: NDArray[np.float32] = self.pcm[one.begin : one.begin + one.samples].astype(np.float32) / 32768
-        return samples
+        """Its samples, in -1 ... 1."""
+        return np.divide(self.pcm[one.begin : one.begin + one.samples], 32768, dtype=np.float32)
 
 
 class BankWriter:
@@ -199,7 +199,8 @@ def trimmed(speech: NDArray[np.float32], loudness: float = LOUDNESS) -> NDArray[
         return np.zeros(0, np.float32)
     begin, end = max(0, loud[0] * 240 - EDGE), min(len(speech), (loud[-1] + 1) * 240 + EDGE)
     level = np.sqrt(np.square(levels[loud]).mean())
-    return (speech[begin:end] * min(loudness / level, 0.99 / np.abs(speech).max())).astype(np.float32)
+    gain = min(loudness / float(level), 0.99 / float(np.abs(speech).max()))
+    return np.multiply(speech[begin:end], gain, dtype=np.float32)
 
 
 def word_times(text: str, phonemes: str, samples: int) -> tuple[tuple[str, int], ...]:

@@ -182,6 +182,9 @@ class Student(nn.Module):
 class Teacher(nn.Module):
     """A recogniser's encoder: 24 kHz sound to one vector for each of the codec's frames."""
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(self, encoder: ConformerEncoder, mel: LogMel, lag: int) -> None:
         super().__init__()
         self.encoder, self.mel, self.lag = encoder.eval().requires_grad_(False), mel, lag

@@ -129,7 +129,8 @@ def _ring(names: Sequence[str], step: int, sentence: str) -> tuple[dict[str, str
 
 def _pairs(text: str) -> dict[str, str]:
     """``france:Paris, italy:Rome``."""
-    return dict(tuple(part.strip().split(":")) for part in text.split(","))  # type: ignore[arg-type]
+    parts = (part.strip().partition(":") for part in text.split(","))
+    return {a: b for a, _, b in parts}
 
 
 def _both(pairs: Mapping[str, str]) -> dict[str, str]:

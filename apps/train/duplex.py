@@ -130,7 +130,8 @@ def codes_of(batch: Batch, codec: Mimi, heard: int, rows: int = CODEC_ROWS) -> T
 
 def speaking(batch: Batch) -> Tensor:
     """``[B, T]`` bool: frames in which the assistant is heard."""
-    return batch.model.unflatten(1, (-1, FRAME)).abs().amax(2) > 1e-3
+    loudest: Tensor = batch.model.unflatten(1, (-1, FRAME)).abs().amax(2)
+    return loudest > 1e-3
 
 
 def loss_of(lm: MoshiLM, codes: Tensor, active: Tensor, recipe: Recipe) -> tuple[Tensor, Losses]:
@@ -253,6 +254,12 @@ def train(
     mimi = mimi_checkpoint.load(codec, steps=(1,), device=place)
     recipe = Recipe(rows=rows, frames=frames, rate=rate)
     dialogues = Dialogues(Composer(spoken, encode, frames, Style()), pcm, rows, seed)
+    others = {"train": dialogues}
+    try:
+        test = Composer(spoken, encode, frames, Style(), "question")
+        others["held-out questions and voices"] = Dialogues(test, pcm, rows, seed)
+    except ValueError as error:
+        console.print(f"nothing to test on: {error}")
     lm_settings = settings(encode.size, mimi)
     training = DuplexTraining(
         lm_settings, recipe, dialogues, mimi, out, steps, seed, graphs and place.type == "cuda"
@@ -262,9 +269,7 @@ def train(
     if training.resume():
         console.print(f"continuing at step {training.step}")
     training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
-    found = {"train": training.measured(dialogues)}
-    test = Composer(spoken, encode, frames, Style(), "question")
-    found["held-out questions and voices"] = training.measured(Dialogues(test, pcm, rows, seed))
+    found = {name: training.measured(some) for name, some in others.items()}
     console.print(json.dumps(found))
     run = {
         **training.settings,

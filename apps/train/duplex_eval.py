@@ -213,7 +213,7 @@ class User:
             case "silence":
                 yield from self._quiet(4.0)
                 if self.cast.noise:
-                    yield from self._say(None, pick(self.cast.noise), 0.3)
+                    yield from self._say(None, pick(self.cast.noise), gain=0.3)
                 yield from self._say(None, pick(self.cast.listening))
                 yield from self._quiet(4.0)
 
@@ -228,9 +228,7 @@ class User:
         for _ in range(round(seconds * RATE / FRAME)):
             yield from self._frame(np.zeros(FRAME, np.float32))
 
-    def _say(self, what: Event | None, one: Utterance, expected: str | float = "", gain: float = 1.0) -> Script:
-        if isinstance(expected, float):
-            expected, gain = "", expected
+    def _say(self, what: Event | None, one: Utterance, expected: str = "", gain: float = 1.0) -> Script:
         samples = self.cast.bank.audio(one)[: 3 * RATE if one.role == "noise" else None] * gain
         late = int(self.random.integers(FRAME))
         begin = self.call.now + late
