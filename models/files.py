@@ -50,12 +50,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """``model.safetensors`` of a folder, or the shards that ``model.safetensors.index.json`` lists."""
+def read_safetensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """``model.safetensors`` of a folder, or the shards that ``model.safetensors.index.json`` lists.
+
+    prefix: read only the tensors whose names begin with it, and name them without it.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         with reading(single):
-            return safetensors.torch.load_file(single)
+            return _part(single, prefix)
     if not index.is_file():
         raise CheckpointError(f"{folder}: holds no model.safetensors; other weight files are not read")
     with reading(index):
@@ -65,8 +68,14 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         with reading(folder / name):
-            tensors |= safetensors.torch.load_file(folder / name)
+            tensors |= _part(folder / name, prefix)
     return tensors
+
+
+def _part(path: Path, prefix: str) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 - it is no mapping
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:

@@ -156,9 +156,12 @@ def main(
     hold_out: Annotated[list[str] | None, typer.Option(help="Speaker whose words to leave out; repeat it.")] = None,
     exclude: Annotated[list[Path] | None, typer.Option(help="Data folder of words to leave out; repeat it.")] = None,
     about: Annotated[str, typer.Option(help="What the text is, for the card.")] = "",
-    weight: Annotated[float, typer.Option(help="Of the language model in the search.")] = 0.4,
-    internal: Annotated[float, typer.Option(help="Of the transducer's own, taken off.")] = 0.25,
+    weight: Annotated[float, typer.Option(help="Of the language model in the search.")] = 0.25,
+    internal: Annotated[float, typer.Option(help="Of the transducer's own, taken off.")] = 0.2,
     bonus: Annotated[float, typer.Option(help="For each label.")] = 0.4,
+    temperature: Annotated[float, typer.Option(help="Of the transducer in the search.")] = 2.0,
+    width: Annotated[int, typer.Option(help="Transcripts that the search keeps.")] = 6,
+    prune: Annotated[float, typer.Option(help="How much less likely (log) a transcript may be to go on.")] = 4.0,
     epochs: Annotated[int, typer.Option(help="Times through the text.")] = Recipe.epochs,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -188,7 +191,10 @@ def main(
             progress.update(task, completed=share, description=f"{here:.3f} nats a piece")
     found = nats(lm, held, recipe)
     console.print(f"{found:.3f} nats a piece on {len(held)} stretches left out")
-    joined = with_language_model(asr, lm.cpu(), BeamConfig(language_model=weight, internal=internal, bonus=bonus))
+    search = BeamConfig(
+        width, prune=prune, temperature=temperature, language_model=weight, internal=internal, bonus=bonus
+    )
+    joined = with_language_model(asr, lm.cpu(), search)
     section = [
         f"An LSTM over the same pieces ({sum(p.numel() for p in lm.parameters()) / 1e6:.1f} M parameters), for beam "
         f"search. It learnt {count / 1e6:.2f} M pieces of text{': ' + about if about else ''}; stretches that share "

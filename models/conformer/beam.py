@@ -178,7 +178,7 @@ class BeamSearch(nn.Module):
         done: Transcripts | None = None
         for symbol in range(self.config.symbols + 1):
             logits = self.transducer.head(F.relu(projected[:, None] + now.predicted))
-            chances = logits.to(now.score.dtype).log_softmax(-1)
+            chances = (logits.to(now.score.dtype) / self.config.temperature).log_softmax(-1)
             left = Transcripts(now.score + chances[..., blank], *(getattr(now, name) for name in NAMES[1:]))
             done = left if done is None else _distinct(done.beside(left), width)
             if symbol == self.config.symbols:
@@ -219,7 +219,7 @@ class BeamSearch(nn.Module):
         if config.internal:
             silence = self.transducer.from_encoder.bias
             alone = self.transducer.head(F.relu(predicted if silence is None else predicted + silence))
-            ahead = ahead - config.internal * alone[:, :blank].log_softmax(-1)
+            ahead = ahead - config.internal * (alone[:, :blank] / config.temperature).log_softmax(-1)
         return ahead, thought
 
     def _settle(self, now: Transcripts, until: Tensor, settled: _Settled, rows: Tensor) -> Transcripts:

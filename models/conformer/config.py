@@ -108,7 +108,8 @@ class BeamConfig:
     """Beam search of a transducer.
 
     width: transcripts kept. symbols: most labels of a frame. settle: frames after which a label of the best transcript
-    is final. prune: a transcript this much less likely (log) than the best is not extended.
+    is final. prune: a transcript this much less likely (log) than the best is not extended. temperature: what the
+    transducer's logits are divided by, above 1 for one that is surer than it is right.
     language_model: weight of its log probability. internal: weight of the transducer's own, which is taken off
     (arXiv 2011.01991). bonus: added for each label.
     """
@@ -117,6 +118,7 @@ class BeamConfig:
     symbols: int = 2
     settle: int = 6
     prune: float = 6.0
+    temperature: float = 1.0
     language_model: float = 0.0
     internal: float = 0.0
     bonus: float = 0.0
@@ -128,6 +130,8 @@ class BeamConfig:
         for name in ("prune", "language_model", "internal"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} of a beam search must not be negative, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature of a beam search must be positive, got {self.temperature}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ WEIGHTS, WEIGHTS_8_BIT = "model.safetensors", "model.q8.safetensors"
 MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER = "tokenizer_spm_32k_3.model"
 CODEC = "mimi"  # folder of a codec in a layout of its own
+HF_CODEC = "audio_encoder"  # a codec among the weights in transformers' layout: their prefix, and that of its settings
 EMBEDDED = hub.EMBEDDED
 MODEL_TYPE = "moshi"  # of a dialogue model in Kyutai's config.json; the embedded ones say so
 SHORT = {  # what people call them
@@ -143,7 +144,7 @@ def load(
     shapes = {key: value.shape for key, value in lm.state_dict().items()}
     with reading(files.weights or files.folder):
         if files.transformers:
-            ours = from_theirs(_turned(theirs, config), shapes, transformers(config), extra="audio_encoder.")
+            ours = from_theirs(_turned(theirs, config), shapes, transformers(config), extra=f"{HF_CODEC}.")
         else:
             ours = from_theirs(modernise(theirs, config), shapes, kyutai(config))
     lm.load_state_dict({key: value.to(device=device, dtype=dtype) for key, value in ours.items()}, assign=True)
@@ -187,7 +188,7 @@ def _hf_config(settings: Mapping[str, Any]) -> MoshiConfig:
     """From transformers' ``MoshiConfig``: it has Moshi 7B's delays and streams."""
     depth: Mapping[str, Any] = settings["depth_decoder_config"]
     books = int(settings.get("num_codebooks", 8))
-    codec = settings.get("audio_encoder_config") or {}
+    codec = settings.get(f"{HF_CODEC}_config") or {}
     lm = {
         "dim": settings.get("hidden_size", 4096),
         "text_card": settings.get("vocab_size", 32000),

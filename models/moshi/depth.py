@@ -37,6 +37,7 @@ class Depth(nn.Module):
     """Temporal output and text token in, spoken codebooks out."""
 
     places: Tensor | None
+    chosen: Tensor
 
     def __init__(self, config: MoshiConfig) -> None:
         super().__init__()
@@ -51,13 +52,14 @@ class Depth(nn.Module):
         self.heads = SteppedLinear(steps, width, config.card)
         places = sinusoids(torch.arange(steps, device="cpu"), width) if depth.sinusoids else None
         self.register_buffer("places", places, persistent=False)
+        # On the device from the start: a training step that is captured in a graph may not copy anything there.
+        self.register_buffer("chosen", torch.tensor(depth.sets, device="cpu"), persistent=False)
 
     def forward(self, heard: Tensor, text: Tensor, audio: Tensor) -> Tensor:
         """Whole frames: temporal output ``[N, d]``, text ``[N]``, codebooks ``[N, K]`` -> logits ``[N, K, card]``."""
         tokens = [embed(token) for embed, token in zip(self._embeddings(), (text, *audio.unbind(1)), strict=False)]
         x = torch.stack(self._entered(heard), 1) + torch.stack(tokens, 1) + self._place(slice(None), heard)
-        steps = torch.tensor(self.sets, device=x.device)
-        x = self.transformer(x, self.transformer.whole(len(self.sets), x.device), steps)
+        x = self.transformer(x, self.transformer.whole(len(self.sets), x.device), self.chosen)
         logits: Tensor = self.heads(x, torch.arange(len(self.sets), device=x.device))
         return logits
 

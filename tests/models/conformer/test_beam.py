@@ -18,6 +18,7 @@ SETTINGS = {
     "plain": BeamConfig(),
     "wide": BeamConfig(width=8, symbols=3, settle=4, prune=20.0),
     "fused": BeamConfig(width=4, language_model=0.6, internal=0.3, bonus=0.4),
+    "cool": BeamConfig(width=4, language_model=0.4, internal=0.3, bonus=0.4, temperature=2.0),
     "hasty": BeamConfig(width=4, settle=1, language_model=0.6, bonus=0.8),
 }
 
@@ -61,7 +62,7 @@ def reference(search, frames):
             total += config.language_model * lm(torch.tensor([[lm.start, *labels]]))[0, -1].log_softmax(-1)
         if config.internal:
             alone = transducer.head(torch.relu(transducer.from_encoder.bias + predicted(labels)))
-            total -= config.internal * alone[:blank].log_softmax(-1)
+            total -= config.internal * (alone[:blank] / config.temperature).log_softmax(-1)
         return total
 
     now = {(): (0.0, ())}  # labels -> log probability, times
@@ -70,7 +71,8 @@ def reference(search, frames):
         active, done = now, {}
         for symbol in range(config.symbols + 1):
             chances = {
-                labels: transducer.head(torch.relu(frame + predicted(labels))).log_softmax(-1) for labels in active
+                labels: (transducer.head(torch.relu(frame + predicted(labels))) / config.temperature).log_softmax(-1)
+                for labels in active
             }
             for labels, (score, times) in active.items():
                 score += chances[labels][blank].item()
@@ -224,6 +226,8 @@ def test_settings_that_cannot_be(kit):
         BeamConfig(width=0)
     with pytest.raises(ValueError, match="prune of a beam search"):
         BeamConfig(prune=-1.0)
+    with pytest.raises(ValueError, match="temperature of a beam search"):
+        BeamConfig(temperature=0.0)
     with pytest.raises(ValueError, match="needs a transducer"):
         ASRConfig(kit.config(), VOCABULARY, ctc=True, beam=BeamConfig())
     with pytest.raises(ValueError, match="by beam search alone"):
