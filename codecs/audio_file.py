@@ -100,14 +100,17 @@ def write(path: str | os.PathLike[str], samples: Samples, sample_rate: int, *, b
 
 
 class AudioWriter:
-    """A mono file being written, in the format that the suffix names: 16-bit wav, flac, opus, ogg, mp3, m4a.
+    """A file being written, in the format that the suffix names: 16-bit wav, flac, opus, ogg, mp3, m4a.
 
-    ``bit_rate`` is in bits a second, for the lossy ones. Raises AudioError for another suffix, a rate that the format
-    does not have, or a file that cannot be written. Close it, or use it in a ``with`` block.
+    Mono unless ``stereo``. ``bit_rate`` is in bits a second, for the lossy ones. Raises AudioError for another suffix,
+    a rate that the format does not have, or a file that cannot be written. Close it, or use it in a ``with`` block.
     """
 
-    def __init__(self, path: str | os.PathLike[str], sample_rate: int, *, bit_rate: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], sample_rate: int, *, stereo: bool = False, bit_rate: int | None = None
+    ) -> None:
         self.path, self.sample_rate = Path(path), sample_rate
+        self._layout = "stereo" if stereo else "mono"
         suffix = self.path.suffix.lower()
         encoder = _ENCODERS.get(suffix)
         if encoder is None:
@@ -119,18 +122,20 @@ class AudioWriter:
         with self._named_errors():
             self._container: Any = av.open(str(path), "w")
             options: dict[str, Any] = {} if bit_rate is None else {"bit_rate": bit_rate}
-            self._track: Any = self._container.add_stream(encoder, rate=sample_rate, layout="mono", **options)
+            self._track: Any = self._container.add_stream(encoder, rate=sample_rate, layout=self._layout, **options)
 
     def write(self, samples: Samples) -> None:
-        """Append ``[n]`` samples in -1 ... 1; louder ones are clipped."""
-        if samples.ndim != 1:
-            raise AudioError(f"{self.path}: can write mono samples [n], got shape {samples.shape}")
-        if not len(samples):
+        """Append ``[n]`` samples in -1 ... 1, or ``[2, n]``, left and right; louder ones are clipped."""
+        shape = (samples.shape[-1],) if self._layout == "mono" else (2, samples.shape[-1])
+        if samples.shape != shape:
+            can = "[n]" if self._layout == "mono" else "[2, n]"
+            raise AudioError(f"{self.path}: can write {self._layout} samples {can}, got shape {samples.shape}")
+        if not samples.size:
             return
-        piece = np.clip(np.ascontiguousarray(samples, np.float32), -1, 1)[None]
-        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
+        piece = np.clip(np.ascontiguousarray(samples, np.float32), -1, 1).reshape(-1, shape[-1])
+        frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout=self._layout)
         frame.sample_rate, frame.pts, frame.time_base = self.sample_rate, self._written, Fraction(1, self.sample_rate)
-        self._written += len(samples)
+        self._written += samples.shape[-1]
         with self._named_errors():
             self._container.mux(self._track.encode(frame))
 

@@ -169,6 +169,67 @@ def serve(
 
 
 @app.command()
+def talk(
+    model: Annotated[str | None, typer.Option(help="moshiko, or another hub name or path; antiphon models.")] = None,
+    file: Annotated[
+        str | None, typer.Option(help="Talk with a recording in place of the microphone.", metavar="FILE")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="File for that dialogue: you left, the model right.", metavar="FILE")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Keep the dialogue: .flac, .wav, .opus, .mp3.", metavar="FILE")
+    ] = None,
+    input: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="Microphone, by number or part of its name; see antiphon mic --list."),
+    ] = None,
+    output_device: Annotated[
+        str | None, typer.Option("--output", metavar="DEVICE", help="Loudspeaker, by number or part of its name.")
+    ] = None,
+    echo_cancel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Take out what this device hears: the monitor of your loudspeaker. Headphones need none.",
+        ),
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="End after so long; else Ctrl-C ends it.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The same one, and the model draws the same.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the voice: 0 takes the likeliest; by default the model's own.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Of the voice: draw from so many, 0 for all.")] = None,
+    text_temperature: Annotated[float | None, typer.Option(min=0, help="Of what is said.")] = None,
+    text_top_k: Annotated[int | None, typer.Option(min=0, help="Of what is said.")] = None,
+    compute: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
+) -> None:
+    """Talk with a model that hears and speaks at the same time. Ctrl-C ends it."""
+    from .talk import run
+
+    sampling = {
+        "text_seed": seed,
+        "audio_seed": seed,
+        "audio_temperature": temperature,
+        "audio_top_k": top_k,
+        "text_temperature": text_temperature,
+        "text_top_k": text_top_k,
+    }
+    run(
+        model=model,
+        file=file,
+        output=output,
+        record=record,
+        microphone=input,
+        speaker=output_device,
+        echo_of=echo_cancel,
+        seconds=seconds,
+        sampling=sampling,
+        compute=compute,
+    )
+
+
+@app.command()
 def codec(
     file: Annotated[str, typer.Argument(help="Audio or video file; - for standard input.", metavar="FILE")],
     output: Annotated[Path, typer.Option("--output", "-o", help="File for the result: .wav, .flac, .opus, .mp3.")],

@@ -40,7 +40,7 @@ def clip() -> np.ndarray:
 class Talking(FakePortAudio):
     """Its microphone hears ``said``, and then nothing; ``then`` is done at ``at`` seconds."""
 
-    said = np.zeros(0, np.float32)
+    said, said_rate = np.zeros(0, np.float32), RATE
     at = float("inf")
 
     def __init__(self) -> None:
@@ -56,7 +56,8 @@ class Talking(FakePortAudio):
 
     async def _talk(self, stream: FakeStream) -> None:
         size, done = stream.blocksize, False
-        heard = resample(self.said, RATE, stream.samplerate) if stream.samplerate != RATE else self.said
+        rates = self.said_rate, stream.samplerate
+        heard = self.said if rates[0] == rates[1] else resample(self.said, *rates)
         for at in range(0, 10 * stream.samplerate, size):
             await asyncio.sleep(size / stream.samplerate)
             if stream.closed:
