@@ -124,7 +124,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
     graph: Annotated[
-        str, typer.Option(help="captions, parrot, scenes, converse, dictate, or a YAML file.")
+        str, typer.Option(help="captions, parrot, scenes, converse, dictate, talk, or a YAML file.")
     ] = "captions",
     model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path; see antiphon models.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
@@ -146,6 +146,17 @@ def serve(
     wyoming_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Serve Home Assistant's Wyoming protocol too, usually 10300.")
     ] = None,
+    speech_model: Annotated[
+        str | None, typer.Option(help="Speech model for --graph talk and /v1/audio/speech, by name or path.")
+    ] = None,
+    voice: Annotated[
+        list[str] | None, typer.Option(help="Its voices, as for antiphon speak; repeatable, the first is the default.")
+    ] = None,
+    llm_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint that --graph talk asks, such as Ollama's .../v1.")
+    ] = None,
+    llm_model: Annotated[str | None, typer.Option(help="What the endpoint calls its model.")] = None,
+    instructions: Annotated[str, typer.Option(help="What the language model is told first.")] = "",
 ) -> None:
     """Serve live captions, or another graph, to browsers (WebRTC), telephones and programs."""
     from .serve import run
@@ -165,6 +176,11 @@ def serve(
         proxies=behind_proxy or (),
         origins=origin or (),
         wyoming_port=wyoming_port,
+        speech_model=speech_model,
+        voices=voice or (),
+        llm_url=llm_url,
+        llm_model=llm_model,
+        instructions=instructions,
     )
 
 

@@ -15,29 +15,36 @@ import torch
 import uvicorn
 
 from ... import load_graph
+from ...codecs.audio_file import AudioError
 from ...models.conformer.checkpoint import CheckpointError, load
 from ...models.conformer.hub import embedded
+from ...models.cosyvoice.flow_config import FlowLimits
 from ...models.silero import SileroVAD
-from ...pipelines import duplex
+from ...pipelines import duplex, speech_checkpoint
 from ...pipelines.engine import Engine
 from ...pipelines.engine.engines import Engines
 from ...pipelines.graph import Graph
 from ...pipelines.recognizer import Recognizer
-from ...pipelines.served import GRAPHS
+from ...pipelines.served import GRAPHS, talk
 from ...pipelines.spec import SpecError
 from ...pipelines.stages.converse import Converse
 from ...pipelines.stages.dictate import Dictate
+from ...pipelines.stages.speak import Speak
 from ...transport.guard import Rules
 from ...transport.protocols import twilio
 from ...transport.service import GraphMaker, Service
 from ...transport.tokens import Signer
 from ..serve.app import PAGE, create_app
 from ..serve.server import apart, configure
+from ..voices import find as find_voice
 from .console import CommandError, stderr
 from .transcribe import check_device
 
 SECRET = "ANTIPHON_SECRET"
 TWILIO_TOKEN = "ANTIPHON_TWILIO_TOKEN"
+LLM_KEY = "ANTIPHON_LLM_KEY"
+INSTRUCTIONS = "You talk with someone aloud. Answer in one or two short sentences, in words only: no lists, no mark-up."
+SPEECH_FRAMES = 500  # that the flow looks back on, beside the voice's prompt: 10 s
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
@@ -57,18 +64,25 @@ def run(
     proxies: Sequence[str],
     origins: Sequence[str],
     wyoming_port: int | None,
+    speech_model: str | None = None,
+    voices: Sequence[str] = (),
+    llm_url: str | None = None,
+    llm_model: str | None = None,
+    instructions: str = "",
 ) -> None:
     """See ``antiphon serve --help``. Raises CommandError."""
     check_device(device)
     rules = _rules(host, tls_cert, tls_key, insecure, proxies, origins)
     service = Service(
-        _graph(graph),
+        _graph(graph) if graph != "talk" else _talk(llm_url, llm_model, instructions),
         None,
         name=Path(graph).stem,
         max_calls=max_sessions,
         signer=rules.signer,
         starting="loading and warming the models",
     )
+    if llm_url is not None and graph != "talk":
+        raise CommandError(f"--llm-url goes with --graph talk, not with {graph}")
     info: dict[str, Any] = {}
     failures: list[Exception] = []
     console = stderr()
@@ -80,7 +94,10 @@ def run(
             with console.status("Loading and warming the models"):
                 load = partial(_engine, service.graph({}), model, device, lookaheads, decoder, max_sessions)
                 service.engine, service.native, found = await apart(load)
-        except (CheckpointError, ImportError, ValueError) as error:
+                if speech_model or voices or any(isinstance(node, Speak) for node in service.graph({}).nodes):
+                    add = partial(_add_speech, service.engine, speech_model, voices, max_sessions)
+                    found |= await apart(add)
+        except (CheckpointError, AudioError, ImportError, RuntimeError, ValueError) as error:
             failures.append(error)
             server.should_exit = True
             return
@@ -181,6 +198,35 @@ def _graph(name: str) -> GraphMaker:
         return graph
 
     return fixed
+
+
+def _talk(url: str | None, model: str | None, instructions: str) -> GraphMaker:
+    """Dialogues with the language model behind an endpoint, or with one who only echoes."""
+    if (url is None) != (model is None):
+        raise CommandError("--llm-url and --llm-model go together")
+    if url is None or model is None:
+        return partial(talk, instructions=instructions)
+    from ..chat import Chat
+
+    try:
+        chat = Chat(url, model, os.environ.get(LLM_KEY))
+    except ValueError as error:
+        raise CommandError(f"--llm-url {error}") from error
+    return partial(talk, answer=chat, instructions=instructions or INSTRUCTIONS)
+
+
+def _add_speech(
+    engine: Engine | Engines, model: str | None, names: Sequence[str], slots: int
+) -> dict[str, Any]:  # fmt: skip
+    """Add what speaks to the engine, with the voices of these names (none: all its own); what ``/info`` says of it."""
+    main = engine.engines[0] if isinstance(engine, Engines) else engine
+    limits = FlowLimits(left=SPEECH_FRAMES, rolling=True, voices=max(8, len(names)))
+    loaded = speech_checkpoint.load(model, device=main.device, limits=limits)
+    chosen = [find_voice(loaded, name) for name in names] or list(loaded.voices.items()) or [find_voice(loaded, None)]
+    loaded.speech.install(main, slots=slots)
+    for name, voice in chosen:
+        loaded.speech.register(main, name, voice)
+    return {"speech_model": loaded.name, "voices": [name for name, _ in chosen]}
 
 
 def _engine(

@@ -30,7 +30,9 @@ FLOW = FlowConfig(
     channels=16, unet_heads=2, unet_head_width=8, stage_blocks=1, middle_stages=1, steps=2,
 )  # fmt: skip
 LIMITS = FlowLimits(hops=(25, 50, 100), left=600, voices=8, prompt=40)
-VOCODER = HiFTConfig(mels=MELS, width=16, pitch_width=8, harmonics=2)
+VOCODER = HiFTConfig(
+    mels=MELS, width=16, pitch_width=8, harmonics=2, block_kernels=(3,), source_kernels=(3, 3, 3), dilations=(1,)
+)
 WORDS = "it was the best of times it was the worst of times we had everything before us and so on"
 
 
