@@ -80,6 +80,27 @@ def load(
         return build(dataclasses.replace(config, steps=tuple(steps)), weights).to(device=device, dtype=dtype)
 
 
+def load_part(
+    folder: Path,
+    settings: Mapping[str, Any],
+    prefix: str,
+    *,
+    steps: Sequence[int] = (1, 2, 4),
+    device: torch.device | str = "cpu",
+) -> Mimi:
+    """A codec whose weights are those of a larger model that begin with ``prefix``, in transformers' layout.
+
+    settings: of the codec, as in its own ``config.json``. Raises CheckpointError.
+    """
+    weights = read_safetensors(folder, prefix)
+    if not weights:
+        raise CheckpointError(f"{folder}: holds no codec: no weight's name begins with {prefix}")
+    with reading(folder / "config.json"):
+        config = dataclasses.replace(config_from_hf({"model_type": "mimi", **settings}), steps=tuple(steps))
+    with reading(folder):
+        return build(config, weights).to(device=device, dtype=torch.float32)
+
+
 def build(config: MimiConfig, weights: Mapping[str, Tensor]) -> Mimi:
     """A codec with these weights, under our names, transformers' or Kyutai's.
 

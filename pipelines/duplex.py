@@ -145,8 +145,13 @@ def load(
     lm = checkpoint.load(
         files, device=device, dtype=dtype, window=window, sinks=sinks, prefill=prefill, kv_dtype=kv_dtype
     )  # fmt: skip
-    # Transformers' conversions hold the published codec among their own weights.
-    mimi = mimi_checkpoint.load(files.mimi or mimi_checkpoint.DEFAULT, steps=(1,), device=device)
+    if files.mimi is None:
+        settings = files.settings.get(f"{checkpoint.HF_CODEC}_config") or {}
+        mimi = mimi_checkpoint.load_part(
+            files.folder, settings, f"{checkpoint.HF_CODEC}.", steps=(1,), device=device
+        )  # fmt: skip
+    else:
+        mimi = mimi_checkpoint.load(files.mimi, steps=(1,), device=device)
     with reading(files.folder):
         return Duplex(lm, mimi, tokenizer)
 
