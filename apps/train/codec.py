@@ -302,13 +302,14 @@ class CodecTraining(Loop):
         self.judging.rate.fill_(self.recipe.rate * share)
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         judged = self.step >= self.recipe.judge_from * self.steps
-        return self.graph(judged, self.crops(self.step))
+        pcm = self.crops(self.step)
+        return self.graph(judged, pcm, self.teacher(pcm))
 
-    def _step(self, judged: bool, pcm: Tensor) -> Losses:
+    def _step(self, judged: bool, pcm: Tensor, wanted: Tensor) -> Losses:
         recipe = self.recipe
         made, guess, losses = self.student(pcm)
         losses["mel"] = self.distance(made, pcm)
-        losses["distil"] = 1 - F.cosine_similarity(guess, self.teacher(pcm), dim=-1)[:, 1:].mean()
+        losses["distil"] = 1 - F.cosine_similarity(guess, wanted, dim=-1)[:, 1:].mean()
         total = recipe.mel * losses["mel"] + recipe.commit * losses["commit"] + recipe.distil * losses["distil"]
         if judged:
             with torch.autocast(pcm.device.type, torch.bfloat16, enabled=pcm.is_cuda, cache_enabled=False):

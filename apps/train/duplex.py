@@ -148,8 +148,7 @@ def loss_of(lm: MoshiLM, codes: Tensor, active: Tensor, recipe: Recipe) -> tuple
     sound = F.cross_entropy(
         logits.audio.float().flatten(0, 2), codes[:, 1 : 1 + spoken].flatten(), reduction="none"
     ).view(logits.mask.shape)  # fmt: skip
-    books = torch.ones(spoken, device=codes.device)
-    books[0] = recipe.semantic
+    books = torch.where(torch.arange(spoken, device=codes.device) == 0, recipe.semantic, 1.0)
     share = torch.where(active, 1.0, recipe.silent)[:, None] * logits.mask * books[:, None]
     sound_loss = (sound * share).sum() / share.sum()
     heard = (logits.mask & active[:, None]).float()

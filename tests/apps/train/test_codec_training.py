@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from on_device import Device
 
 from antiphon.apps.train.bank import Bank
 from antiphon.apps.train.codec import TINY, CodecTraining, Crops, Learned, Recipe, Teacher, measured
@@ -66,6 +67,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(bank: Bank, tmp_path:
     other = training(bank, tmp_path / "halves", seed=1)
     with pytest.raises(ValueError, match="another recipe"):
         other.resume()
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_step_stays_on_the_device(bank: Bank, tmp_path: Path, judged: bool) -> None:
+    run = training(bank, tmp_path)
+    pcm = run.crops(0)
+    features = run.teacher(pcm)
+    run._step(judged, pcm, features)  # the optimisers set themselves up
+    with Device() as device:
+        run._step(judged, pcm, features)
+    assert not device.found, device.found[0]
 
 
 def test_what_is_saved_is_the_averaged_codec(bank: Bank, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from on_device import Device
 
 from antiphon.apps.train import duplex_card
 from antiphon.apps.train.bank import Bank
@@ -96,6 +97,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     other = training(bank, tokenizer, codec, tmp_path / "halves", seed=1)
     with pytest.raises(ValueError, match="another recipe"):
         other.resume()
+
+
+def test_a_step_stays_on_the_device(bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path) -> None:
+    run = training(bank, tokenizer, codec, tmp_path)
+    batch = run.dialogues(0)
+    codes, active = codes_of(batch, codec, run.lm.config.heard), speaking(batch)
+    run._step("step", codes, active)  # the optimiser sets itself up
+    with Device() as device:
+        run._step("step", codes, active)
+    assert not device.found, device.found[0]
 
 
 def test_a_bad_gradient_changes_nothing_and_is_counted(
