@@ -303,7 +303,7 @@ def twilio_messages(data: bytes) -> None:
         try:
             start = await twilio._started(socket)  # type: ignore[arg-type]
             if start is not None:
-                await twilio._converse(service, socket, start, "en")  # type: ignore[arg-type]
+                await twilio._converse(service, socket, start)  # type: ignore[arg-type]
         except (*common.TOLD, ConnectionLost):
             return
         finally:
@@ -330,7 +330,7 @@ def wyoming_events(data: bytes) -> None:
         reader.feed_data(data)
         reader.feed_eof()
         try:
-            await wyoming._Connection(service, reader, Writer(), "en").serve()  # type: ignore[arg-type]
+            await wyoming._Connection(service, reader, Writer()).serve()  # type: ignore[arg-type]
         except (EOFError, OSError, TimeoutError):
             return
         finally:

@@ -88,7 +88,7 @@ def test_labels_of_served_graphs_cover_neither_stages_nor_each_other(name: str, 
         if text.get("class") == "small port":
             x, y, half = float(text.get("x")), float(text.get("y")), 2.7 * len(text.text)
             covered.append((x - half, y - 8, x + half, y + 2))
-    assert len(covered) >= 5
+    assert len(covered) >= 2
     for i, (left, top, right, bottom) in enumerate(covered):
         for left2, top2, right2, bottom2 in covered[i + 1 :]:
             wide, high = min(right, right2) - max(left, left2), min(bottom, bottom2) - max(top, top2)

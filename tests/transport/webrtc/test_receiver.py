@@ -128,7 +128,8 @@ def likeness(heard: np.ndarray) -> float:
     second = heard[len(heard) - 16000 :]
     size = 1 << 18
     products = np.fft.irfft(np.fft.rfft(reference, size) * np.conj(np.fft.rfft(second, size)))[: len(reference)]
-    energies = np.sqrt(np.convolve(np.square(reference), np.ones(16000), "full")[15999:])
+    total = np.cumsum(np.square(reference, dtype=np.float64))
+    energies = np.sqrt(np.append(total[15999:], np.full(15999, total[-1])) - np.append(0.0, total[:-1]))
     return float((products / (energies * np.linalg.norm(second) + 1e-9)).max())
 
 
