@@ -33,6 +33,7 @@ from ...models.conformer.checkpoint import load as load_recogniser
 from ...models.conformer.encoder import ConformerEncoder
 from .bank import LOUDNESS, Bank
 from .codec_losses import Judges, MelDistance
+from .duplex_card import RUN
 from .loop import Graphed, Loop, Losses, Weights, plain, schedule
 from .voices import RATE
 from .voices.signal import CLIP_RATE, PLAIN, resample
@@ -407,7 +408,7 @@ def train(
     codec = training.codec()
     found = measured(codec, crops)
     console.print(json.dumps(found))
-    (out / "run.json").write_text(
+    (out / RUN).write_text(
         json.dumps({**training.settings, "command": sys.argv, "steps": training.step, "measured": found}, indent=1)
     )
     mimi_checkpoint.save(out / CODEC, codec)

@@ -277,6 +277,8 @@ def train(
         "measured": found,
         "bank": spoken.summary(),
     }
+    if (beside := codec.parent / RUN).is_file():
+        run["codec"] = json.loads(beside.read_text(encoding="utf-8"))
     (out / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
     export(out / MODEL, training.weights.averaged(training.lm), mimi, tokenizer.read_bytes(), lm_settings, run)
 

@@ -87,6 +87,7 @@ def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[st
         json.dumps(run["recipe"], indent=1),
         "```",
         "",
+        *_codec(run.get("codec")),
         "Losses in nats a token, each token given the right ones before it; `right` is the share of text tokens:",
         "",
         "```json",
@@ -98,6 +99,16 @@ def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[st
         *(["Not measured yet: run `antiphon train duplex_eval`."] if figures is None else table(figures)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _codec(run: Mapping[str, Any] | None) -> list[str]:
+    """How the codec was made, where that is known."""
+    if run is None:
+        return []
+    command = command_line("antiphon.apps.train.codec", run["command"][1:])
+    facts = {**run["recipe"], "measured": run["measured"]}
+    made = f"The codec: `{command}`, seed {run['seed']}, {run['steps']} steps."
+    return [made, "", "```json", json.dumps(facts, indent=1), "```", ""]
 
 
 def table(figures: Mapping[str, Any]) -> list[str]:

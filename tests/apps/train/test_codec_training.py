@@ -112,7 +112,7 @@ def test_codebooks_learn_what_they_stand_for() -> None:
         inputs = centres[torch.randint(4, (64,))] + 0.1 * torch.randn(64, 2)
         entries, commit, used = learned(inputs[None])
     assert float(used) > 3.5
-    assert float(commit) < 0.05
+    assert float(commit.detach()) < 0.05
     found = quantizer.codebooks.embedding[0]
     assert (torch.cdist(centres, found).amin(1) < 0.2).all()
     assert (entries[0] - inputs).norm(dim=1).max() < 1

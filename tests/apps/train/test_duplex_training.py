@@ -201,6 +201,7 @@ def test_the_card_tells_what_went_in_and_how_it_behaves(
     run = training(bank, tokenizer, codec, tmp_path)
     facts = {**run.settings, "command": ["x", "--minutes", "3"], "steps": 7, "measured": {"right": 0.25}}
     facts["bank"] = bank.summary()
+    facts["codec"] = {"command": ["x"], "recipe": {}, "measured": {"mel": 1.5}, "seed": 0, "steps": 9}
     (tmp_path / duplex_card.RUN).write_text(json.dumps(facts))
     lm_settings = settings(Encode(tokenizer).size, codec, **SMALL)
     export(tmp_path / "model", run.lm, codec, tokenizer, lm_settings, facts)
@@ -215,6 +216,7 @@ def test_the_card_tells_what_went_in_and_how_it_behaves(
         "7 steps",
         '"right": 0.25',
         "| talk | 2 |",
+        '"mel": 1.5',
     ):
         assert fact in card
     assert "Not measured yet" in write_card("x", 1, facts)
