@@ -22,6 +22,11 @@ def stage_of(graph: Graph, kind: type) -> object:
         ("captions", {"audio", "control"}, {"captions.out", "turns.events"}),
         ("parrot", {"audio", "control"}, {"captions.out", "turns.events", "parrot.audio", "parrot.said"}),
         ("scenes", {"audio", "control", "video"}, {"captions.out", "turns.events", "scenes.out"}),
+        (
+            "talk",
+            {"audio", "control"},
+            {"captions.out", "turns.events", "respond.events", "speak.audio", "reply.out"},
+        ),
         ("converse", {"audio", "control"}, {"converse.audio", "converse.said"}),
         ("dictate", {"audio"}, {"captions.out"}),
     ],
