@@ -127,7 +127,7 @@ def table(figures: Mapping[str, Any]) -> list[str]:
 def _cell(row: Mapping[str, Any]) -> str:
     if "of" in row:
         return f"{row['value']}/{row['of']}"
-    return f"{row['value']} {row['unit']}"
+    return "never" if row["value"] is None else f"{row['value']} {row['unit']}"
 
 
 def main(
