@@ -24,6 +24,7 @@ from ...pipelines.stage import StageError
 from ...pipelines.stages.transcribe import Transcribe
 from ...pipelines.transcription import End, Transcriber
 from ...transport.files import FileSource
+from . import dictate
 from .console import CommandError, complain, stderr, warnings_as_lines
 from .outputs import Outputs
 from .progress import progress, real_time_factor
@@ -60,6 +61,20 @@ def run(
     check_device(device)
     outputs = Outputs(files, format, output, in_turn=realtime)
     recordings = _readable(files)
+    if model is not None and dictate.writes(model):
+        if realtime or lookahead is not None or decoder is not None or language is not None:
+            raise CommandError(
+                f"{model} writes as it hears: --realtime, --lookahead, --decoder, --language are not for it"
+            )
+        stated = [one.stated for one in recordings]
+        dictate.run(
+            [one.path for one in recordings],
+            None if None in stated else sum(filter(None, stated)),
+            outputs,
+            model,
+            device,
+        )
+        return
     console = stderr()
     try:
         with console.status("Loading the model"):
