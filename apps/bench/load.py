@@ -1,7 +1,8 @@
 """Open-loop load: sessions that send a chunk whenever their media clock says so, whatever the engine does.
 
-Session ``i`` of ``n`` sends chunk ``j`` at ``(i / n + j) * period``; latency runs from that scheduled moment to the
-output's arrival in the event loop, so a stalled server cannot slow the load that measures it down.
+Session ``i`` of ``n`` sends chunk ``j`` at ``(i / n + j) * period``, or with a seed at a phase of its own and up to
+``jitter`` later each time; latency runs from when the chunk was complete, the jitter not yet added, to the output's
+arrival in the event loop, so a stalled server cannot slow the load that measures it down.
 """
 
 from __future__ import annotations
@@ -66,18 +67,27 @@ async def run_load(
     seconds: float,
     warm: float,
     advance: Callable[[float], None] | None = None,
+    opened: Callable[[Lease], object] | None = None,
+    seed: int | None = None,
+    jitter: float = 0.0,
 ) -> Load:
     """Open ``sessions`` leases, send for ``warm + seconds`` and record the chunks due after ``warm``.
 
-    make: (session, chunk) -> inputs. advance: told the seconds covered so far, for a progress bar.
+    make: (session, chunk) -> inputs. advance: told the seconds covered so far, for a progress bar. opened: called with
+    each lease in the engine's thread, before it is used. seed, jitter: see the module; the jitter is below a period.
     """
     leases: list[Lease] = [await engine.open(name, variant, paced=False) for _ in range(sessions)]
+    if opened is not None:
+        for lease in leases:
+            await engine.ask(partial(opened, lease))
     load = Load(sessions, period)
     gc.collect()
     gc.freeze()  # a full collection over everything that was imported would stop the server for a chunk
     pending: set[asyncio.Future[Any]] = set()
     try:
-        await _send(load, leases, make, pending, seconds=seconds, warm=warm, advance=advance)
+        chunks = int((warm + seconds) / period)
+        plan = schedule(sessions, chunks, period, seed, jitter)
+        await _send(load, leases, make, pending, plan, warm=warm, advance=advance)
         if pending:
             await asyncio.wait(pending, timeout=5 * period + 1)
         load.failed += len(pending)
@@ -88,20 +98,34 @@ async def run_load(
     return load
 
 
+def schedule(
+    sessions: int, chunks: int, period: float, seed: int | None, jitter: float
+) -> list[tuple[float, float, int, int]]:
+    """When each chunk is sent, when it was due, its session and its number, in the order of sending."""
+    rng = np.random.default_rng(seed)
+    phases = np.arange(sessions) / sessions if seed is None else rng.random(sessions)
+    due = (np.arange(chunks)[:, None] + phases) * period
+    sent = due + (rng.random(due.shape) * jitter if jitter else 0.0)
+    order = np.argsort(sent, axis=None, kind="stable")
+    number, session = np.divmod(order, sessions)
+    return list(
+        zip(sent.flat[order].tolist(), due.flat[order].tolist(), session.tolist(), number.tolist(), strict=True)
+    )
+
+
 async def _send(
     load: Load,
     leases: Sequence[Lease],
     make: Make,
     pending: set[asyncio.Future[Any]],
+    plan: Sequence[tuple[float, float, int, int]],
     *,
-    seconds: float,
     warm: float,
     advance: Callable[[float], None] | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     start = loop.time() + 0.1
     period, count = load.period, len(leases)
-    total = int((warm + seconds) / period) * count
 
     def arrived(due: float, future: asyncio.Future[Any]) -> None:
         pending.discard(future)
@@ -111,10 +135,11 @@ async def _send(
             load.latencies.append(loop.time() - due)
 
     sent = 0
-    while sent < total:
+    while sent < len(plan):
         now = loop.time()
-        while sent < total and (due := start + sent * period / count) <= now:
-            chunk, session = divmod(sent, count)
+        while sent < len(plan) and start + plan[sent][0] <= now:
+            _, due, session, chunk = plan[sent]
+            due += start
             try:
                 future = leases[session].step(make(session, chunk), deadline=due + period)
             except InboxFull:
@@ -127,4 +152,5 @@ async def _send(
             return
         if advance is not None:
             advance(now - start)
-        await asyncio.sleep(max(SEND_EVERY, start + sent * period / count - loop.time()))
+        if sent < len(plan):
+            await asyncio.sleep(max(SEND_EVERY, start + plan[sent][0] - loop.time()))

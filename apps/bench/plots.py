@@ -77,6 +77,45 @@ def _capacity(axis: Axes, rows: list[dict[str, Any]], numbers: dict[str, Any]) -
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
+def plot_duplex(path: Path) -> Path:
+    """Milliseconds a frame by batch size over the floor, and latency against the number of sessions."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    figure, (frame, capacity) = pyplot.subplots(1, 2, figsize=(12.8, 4.6), layout="constrained")
+    names = list(dict.fromkeys(row["name"] for row in (*numbers["frame"], *numbers["capacity"])))
+    shades: dict[str, Any] = {
+        name: pyplot.get_cmap("viridis")(index / max(1, len(names))) for index, name in enumerate(names)
+    }
+    shades["moshi"] = COLOURS["nemo_toolkit"]
+    for rows, key, style in ((numbers["frame"], "ms", "o-"), (numbers["floors"], "floor_ms", "k:")):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            points = [(row["sessions"], row[key]) for row in rows if row["name"] == name]
+            label = f"floor, {name}" if key == "floor_ms" else name
+            colour = {} if key == "floor_ms" else {"color": shades[name]}
+            frame.plot(*zip(*points, strict=True), style, label=label, **colour)
+    frame.set_xlabel("sessions in a batch, all as old as the window")
+    frame.set_ylabel("ms a frame")
+    for row in numbers["capacity"]:
+        runs = sorted((run for run in row["runs"] if run["chunks"]), key=lambda run: run["sessions"])
+        for key, style, label in (("p99_ms", "o-", f"{row['name']}: {row['held']} held"), ("p50_ms", "o:", None)):
+            points = [(run["sessions"], run[key]) for run in runs]
+            if points:
+                capacity.plot(*zip(*points, strict=True), style, color=shades[row["name"]], label=label)
+    capacity.set_xlabel("sessions in real time")
+    capacity.set_ylabel("latency in ms: p99, dotted p50")
+    for axis in (frame, capacity):
+        axis.axhline(80, color=GREY, linewidth=0.6, linestyle="dashed")
+        axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines[1:]:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Full-duplex dialogue, shape {numbers['shape']}, on {numbers['device']}")
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target
+
+
 def plot_transport_loss(path: Path) -> Path:
     """Share of the timeline and delay by loss, and the delay around one lost packet, beside stock aiortc."""
     numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
