@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .models.conformer.checkpoint import CheckpointError as CheckpointError
+    from .models.cosyvoice.voice import Voice as Voice
     from .models.silero import SileroVAD as SileroVAD
     from .pipelines.captions import Caption as Caption
     from .pipelines.captions import Final as Final
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .pipelines.recognizer import Recognizer as Recognizer
     from .pipelines.session import Session as Session
     from .pipelines.spec import load_graph as load_graph
+    from .pipelines.speech import Speech as Speech
     from .pipelines.stage import Context as Context
     from .pipelines.stage import Inlet as Inlet
     from .pipelines.stage import Input as Input
@@ -44,8 +46,11 @@ if TYPE_CHECKING:
     from .pipelines.stage import stage as stage
     from .pipelines.stages.parrot import Echo as Echo
     from .pipelines.stages.parrot import Parrot as Parrot
+    from .pipelines.stages.respond import Respond as Respond
+    from .pipelines.stages.speak import Speak as Speak
     from .pipelines.stages.transcribe import Transcribe as Transcribe
     from .pipelines.stages.turns import Turns as Turns
+    from .pipelines.synthesizer import Synthesizer as Synthesizer
     from .pipelines.transcription import Transcriber as Transcriber
     from .pipelines.transcription import transcribe as transcribe
     from .transport.call import Call as Call
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "models.conformer.checkpoint": ("CheckpointError",),
+    "models.cosyvoice.voice": ("Voice",),
     "models.silero": ("SileroVAD",),
     "pipelines.captions": ("Caption", "Final", "Partial"),
     "pipelines.chunk": ("Audio", "Chunk", "Event", "Text", "Tokens", "Video", "Word"),
@@ -70,10 +76,14 @@ _HOMES = {
     "pipelines.recognizer": ("Recognizer",),
     "pipelines.session": ("Session",),
     "pipelines.spec": ("load_graph",),
+    "pipelines.speech": ("Speech",),
     "pipelines.stage": ("Context", "Inlet", "Input", "Stage", "StageError", "stage"),
     "pipelines.stages.parrot": ("Echo", "Parrot"),
+    "pipelines.stages.respond": ("Respond",),
+    "pipelines.stages.speak": ("Speak",),
     "pipelines.stages.transcribe": ("Transcribe",),
     "pipelines.stages.turns": ("Turns",),
+    "pipelines.synthesizer": ("Synthesizer",),
     "pipelines.transcription": ("Transcriber", "transcribe"),
     "transport.call": ("Call",),
     "transport.devices": ("DeviceError",),
