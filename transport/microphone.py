@@ -123,7 +123,13 @@ class Speaker(Stage):
                 if start > position:
                     ctx.count("reference_dropped", start - position)
                 position = start + len(samples)
-                yield Audio(samples=samples, rate=playback.rate, start=start, epoch=ctx.session.epoch)
+                try:
+                    yield Audio(samples=samples, rate=playback.rate, start=start, epoch=ctx.session.epoch)
+                except GeneratorExit:  # nobody wants the reference any more, but the rest is still to be heard
+                    while not playback.done:
+                        await playback.wait()
+                        playback.report()
+                    raise
 
     def _open(self, ctx: Context, rate: int) -> _Playback:
         device = find(self.device, "output")

@@ -404,7 +404,8 @@ def main(arguments: Sequence[str]) -> None:
                     numbers["frame"] += bench_frame(random, kv, options.batches, frames=options.frames, advance=advance)
                 _release(device)
             if "capacity" in options.kinds:
-                numbers["capacity"].append(search(kv, options.sessions))
+                with noting(numbers["failures"], f"capacity, {what}"):
+                    numbers["capacity"].append(search(kv, options.sessions))
                 _release(device)
             if "floor" in options.kinds:
                 numbers["floors"] += floors(random, kv, options.batches)

@@ -27,7 +27,7 @@ class Moshi:
     def __init__(
         self, settings: Mapping[str, Any], mimi: MimiConfig, rows: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        from moshi.models import LMGen, loaders
+        from moshi.models import LMGen, loaders  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         config = copy.deepcopy(loaders._mimi_config)
         config["seanet"] |= {"dimension": mimi.width, "n_filters": mimi.channels}

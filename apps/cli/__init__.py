@@ -207,7 +207,7 @@ def talk(
         str | None,
         typer.Option(
             metavar="DEVICE",
-            help="Take out what this device hears: the monitor of your loudspeaker. Headphones need none.",
+            help="Take out what this device hears, a monitor, or speaker: what is said here. Headphones need neither.",
         ),
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="End after so long; else Ctrl-C ends it.")] = None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import torch
+from rich.progress import Progress
 
 from ...codecs.audio_file import AudioError, AudioWarning
 from ...models.files import CheckpointError, read_json
@@ -55,12 +56,9 @@ def run(files: Sequence[str], seconds: float | None, outputs: Outputs, model: st
             engine.add(MODEL, loaded, slots=1, variants=(1,), buckets=(1,), exact=False)
             heard = 0.0
             for file in files:
-                count = _Count(lambda at, before=heard: bar.update(bar.task_ids[0], completed=before + at))
-                asyncio.run(
-                    _captions(
-                        FileSource(file, rate=loaded.rate) >> count >> Dictate(model=MODEL), engine, outputs, file
-                    )
-                )
+                count = _Count(bar, heard)
+                graph = FileSource(file, rate=loaded.rate) >> count >> Dictate(model=MODEL)
+                asyncio.run(_captions(graph, engine, outputs, file))
                 outputs.close(file, count.seconds)
                 heard += count.seconds
     except StageError as error:
@@ -72,20 +70,20 @@ def run(files: Sequence[str], seconds: float | None, outputs: Outputs, model: st
 
 
 class _Count(Stage):
-    """Passes sound on, and tells how far it is."""
+    """Passes a file's sound on, and shows on the bar how far it is."""
 
     name = "count"
     lasting = True
 
-    def __init__(self, told: Callable[[float], None]) -> None:
-        self.told, self.seconds = told, 0.0
+    def __init__(self, bar: Progress, before: float) -> None:
+        self.bar, self.before, self.seconds = bar, before, 0.0
 
     async def run(self, ctx: Context, audio: Input) -> AsyncIterator[Audio]:
         async for chunk in audio:
             assert isinstance(chunk, Audio)
             yield chunk
             self.seconds = chunk.end_seconds
-            self.told(self.seconds)
+            self.bar.update(self.bar.task_ids[0], completed=self.before + self.seconds)
 
 
 async def _captions(graph: Chain, engine: Engine, outputs: Outputs, file: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ...models.moshi.sampling import Sampling
 from ...pipelines import duplex
 from ...pipelines.chunk import Audio, Text
 from ...pipelines.duplex import Duplex, Monologue
+from ...pipelines.edge import Link
 from ...pipelines.engine import Engine, EngineError
 from ...pipelines.graph import Graph
 from ...pipelines.session import Session
@@ -42,6 +43,7 @@ from .progress import progress, real_time_factor
 from .transcribe import check_device
 
 MODEL = "converse"  # its name in the engine
+OWN: Literal["speaker"] = "speaker"  # for --echo-cancel: what is said here
 CUSHION = 0.04  # seconds that the loudspeaker lags behind, so that frames may come a little late
 
 
@@ -74,7 +76,7 @@ def run(
         else:
             with quiet_libraries():
                 ends = find(microphone, "input"), find(speaker, "output")
-                echo = None if echo_of is None else find(echo_of, "input")
+                echo = OWN if echo_of == OWN else None if echo_of is None else find(echo_of, "input")
                 _live(*ends, echo, model, record, seconds, chosen, device)
     except StageError as error:
         raise CommandError(str(error.__cause__ or error)) from error
@@ -182,7 +184,7 @@ def _print(news: tuple[str, int, bool] | None) -> None:
 def _live(
     microphone: Device,
     speaker: Device,
-    echo: Device | None,
+    echo: Device | Literal["speaker"] | None,
     name: str | None,
     record: Path | None,
     seconds: float | None,
@@ -217,16 +219,21 @@ def _warn_if_slow(engine: Engine, model: Duplex, console: Console) -> None:
         )
 
 
-def _graph(microphone: Device, speaker: Device, echo: Device | None, shown: _Shown, converse: Converse) -> Graph:
-    """Microphone to model to loudspeaker, without what ``echo``, a monitor, says is played."""
+def _graph(
+    microphone: Device, speaker: Device, echo: Device | Literal["speaker"] | None, shown: _Shown, converse: Converse
+) -> Graph:
+    """Microphone to model to loudspeaker, without what ``echo``, a monitor, says is played, or what is said here."""
     rate = shown.model.rate
-    near_rate, far_rate = (
-        rate if takes(one, kind, rate) else one.rate for one, kind in ((microphone, "input"), (speaker, "output"))
-    )
+    near_rate = rate if takes(microphone, "input", rate) else microphone.rate
+    far_rate = rate if takes(speaker, "output", rate) else speaker.rate
     near = Microphone(device=microphone.index, rate=near_rate)
-    loudspeaker = Speaker(device=speaker.index, rate=far_rate)
+    loudspeaker = Speaker(device=speaker.index, rate=far_rate, reference=echo == OWN)
     heard, said = _Heard(shown), _Said(shown, far_rate)
     talk: Graph = (heard >> converse) | (converse["audio"] >> said["audio"]) | (said >> loudspeaker)
+    if echo == OWN:
+        clean = EchoCancel()
+        talk |= loudspeaker["played"] >> Link(feedback=True, policy="drop_oldest") >> clean["reference"]
+        return talk | (near >> clean["audio"]) | (clean >> heard)
     if echo is None:
         return talk | (near >> heard)
     monitor = Microphone(device=echo.index, rate=near_rate).named("reference")

@@ -166,3 +166,13 @@ def test_without_sound_devices(portaudio: Room, antiphon: Antiphon, model: Path)
     status, _, err = antiphon("talk", "--model", model)
     assert (status, err.count("\n")) == (2, 1)
     assert "there is no microphone here: connect one" in err
+
+
+def test_its_own_voice_is_taken_out(portaudio: Room, antiphon: Antiphon, model: Path) -> None:
+    pytest.importorskip("pywebrtc_audio")
+    portaudio.rates = (16000, 48000)
+    status, _, err = antiphon("talk", "--model", model, "--seconds", "1", "--echo-cancel", "speaker")
+    assert status == 0, err
+    assert "1.0 s of dialogue" in err
+    # What was said before the end is played to its end, though nobody listens for the echo any more.
+    assert np.count_nonzero(portaudio.played()) > 0.8 * 48000
