@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import difflib
+import importlib
 import json
 import re
 import sys
@@ -13,6 +16,8 @@ import pytest
 from antiphon.apps.cli.dictate import writes
 from antiphon.codecs import audio_file, mimi_checkpoint
 from antiphon.models.moshi import checkpoint
+from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.served import GRAPHS
 
 from . import test_listen
 from .test_listen import Antiphon
@@ -24,6 +29,7 @@ from tiny_duplex import tiny_lm, tiny_mimi, tokenizer_bytes
 from tiny_moshi import SETTINGS
 
 RATE = 24000
+serve = importlib.import_module("antiphon.apps.cli.serve")  # a function of that name hides it
 antiphon = test_listen.antiphon
 
 
@@ -53,6 +59,36 @@ def test_a_file_is_written_down(antiphon: Antiphon, model: Path, tmp_path: Path)
         assert "\n".join(caption["text"] for caption in made["captions"]) + "\n" == text
         words = [word for caption in made["captions"] for word in caption["words"]]
         assert all(0 <= word["start"] <= word["end"] <= 3 for word in words)
+
+
+def test_the_server_writes_the_same(antiphon: Antiphon, model: Path, tmp_path: Path) -> None:
+    noise = (0.1 * np.random.default_rng(0).standard_normal(2 * RATE)).astype(np.float32)
+    audio_file.write(tmp_path / "one.wav", noise, RATE)
+    graph = GRAPHS["dictate"]({})
+    engine, _, about = serve._engine(graph, str(model), "cpu", None, None, 2)
+    assert about["model"] == str(model)
+
+    async def heard() -> list[str]:
+        async with graph.session(engine=engine) as session, asyncio.timeout(60):
+
+            async def send() -> None:
+                for start in range(0, len(noise), 2400):
+                    await session.send(Audio(samples=noise[start : start + 2400], rate=RATE, start=start), "audio")
+                session.finish()
+
+            sending = asyncio.create_task(send())
+            said = [text async for text in session.outputs()]
+            await sending
+        return [text.text for text in said if isinstance(text, Text) and text.final]
+
+    try:
+        told = asyncio.run(heard())
+    finally:
+        engine.close()
+    _, text, _ = antiphon("transcribe", "--model", model, tmp_path / "one.wav")
+    # The file went through 16 bits.
+    assert difflib.SequenceMatcher(None, "\n".join(told), text.strip()).ratio() > 0.8
+    assert len(text.strip()) > 10
 
 
 def test_what_it_cannot_do_is_one_line(antiphon: Antiphon, model: Path, tmp_path: Path) -> None:
