@@ -40,7 +40,9 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Partial(Caption):
-    """A caption that may still grow; each one repeats the words of the last, but for those that were open."""
+    """A caption that may still grow. settled: words at its beginning that stay as they are."""
+
+    settled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Captioner:
         if not shown and self._open and (frames - 1 - self._last) * self._frame >= self._endpoint:
             yield from self.finish(at)
         elif changed or shown != self._shown:
-            yield Partial(self._so_far(open_tokens), at)
+            yield Partial(self._so_far(open_tokens), at, len(self._words))
         self._shown = shown
 
     def finish(self, at: float) -> Iterator[Final]:

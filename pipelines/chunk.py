@@ -115,10 +115,19 @@ class Word:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text(_Timed):
-    """Text, with the span of media it was said in (or is to be), by word where known. ``final`` closes an utterance."""
+    """Text, with the span of media it was said in (or is to be), by word where known. ``final`` closes an utterance.
+
+    settled: words at its beginning that later texts of the utterance repeat; None for all but the last.
+    """
 
     text: str
     words: tuple[Word, ...] = ()
+    settled: int | None = None
+
+    @property
+    def settled_words(self) -> tuple[Word, ...]:
+        """Words that will not change."""
+        return self.words if self.final else self.words[: -1 if self.settled is None else self.settled]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

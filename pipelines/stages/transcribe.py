@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 
 from ...codecs.resample import Resampler
-from ..captions import Caption, Final
+from ..captions import Caption, Final, Partial
 from ..chunk import Audio, Chunk, Event, Text
 from ..engine import Lease
 from ..recognizer import SAMPLE_RATE
@@ -98,6 +98,7 @@ def texts(captions: Iterable[Caption]) -> Iterable[Text]:
         yield Text(
             text=caption.text,
             words=caption.words,
+            settled=caption.settled if isinstance(caption, Partial) else None,
             rate=SAMPLE_RATE,
             start=start,
             duration=end - start,

@@ -45,6 +45,7 @@ def test_open_tokens_are_shown_until_they_change_or_are_final() -> None:
     steps = [([(THE, 2)], 3, [(CAT, 2)]), ([], 4, [(CAT, 2), (S, 3)]), ([], 5, [(CAT, 2), (S, 3)]), ([(CAT, 2)], 6, [])]
     captions = [one for tokens, frames, shown in steps for one in captioner.add(tokens, frames, 0.08 * frames, shown)]
     assert [caption.text for caption in captions] == ["the cat", "the cats", "the cat"]
+    assert [caption.settled for caption in captions if isinstance(caption, Partial)] == [0, 0, 1]
     assert [(word.start, word.end) for word in captions[1].words] == [(0.16, 0.24), (0.16, 0.32)]
     assert [caption.text for caption in captioner.finish(0.5)] == ["the cat"]
 

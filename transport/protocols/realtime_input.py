@@ -17,6 +17,7 @@ from .realtime_events import BadEvent, ServerVad, new_id
 
 LEAST_COMMIT_MS = 100  # of sound in a buffer that is committed
 TRANSCRIPT_SECONDS = 5.0  # of sound after a turn's end within which its last words come, unless a commit ended it
+LAST_WORDS_SECONDS = 1.0  # of a turn's end that its last final caption may not reach: words that were not understood
 SETTLED_SECONDS = 0.5  # of a turn's end that a final caption may leave to silence
 
 
@@ -134,7 +135,7 @@ class InputBuffer:
         if self._turn is None and all(turn.cleared for turn in self._turns):
             self._turn = _Turn(new_id("item"), self._committed)
         words = caption.words or (Word(caption.text, caption.start_seconds, caption.end_seconds),)
-        said = words if caption.final else words[:-1]
+        said = words if caption.final else caption.settled_words
         self._caption_open = not caption.final
         turns = [*self._turns, *([self._turn] if self._turn is not None else [])]
         for at, turn in enumerate(turns):
@@ -146,7 +147,8 @@ class InputBuffer:
             passed = any(word.start >= until for word in words)
             if caption.final or passed:
                 turn.done, turn.final_to = whole, min(caption.end_seconds, until)
-            if turn.end is not None and (passed or (caption.final and (whole or caption.end_seconds >= turn.end))):
+            near = turn.end is not None and caption.end_seconds >= turn.end - (LAST_WORDS_SECONDS if whole else 0.0)
+            if turn.end is not None and (passed or (caption.final and near)):
                 self._turns.remove(turn)
                 self._complete(turn)
         if caption.final:

@@ -127,7 +127,7 @@ class _Connection:
         async for item in call.items():
             chunk = item.chunk
             if isinstance(chunk, Text):
-                settled = chunk.words if chunk.final else chunk.words[:-1]
+                settled = chunk.settled_words
                 for word in settled[sent:]:
                     piece = f" {word.text}" if text else word.text
                     text += piece
