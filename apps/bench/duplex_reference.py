@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class Moshi:
     def __init__(
         self, settings: Mapping[str, Any], mimi: MimiConfig, rows: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        from moshi.models import LMGen, loaders  # type: ignore[import-not-found, import-untyped, unused-ignore]
-
+        models: Any = import_module("moshi.models")
+        loaders = models.loaders
         config = copy.deepcopy(loaders._mimi_config)
         config["seanet"] |= {"dimension": mimi.width, "n_filters": mimi.channels}
         config["quantizer"] |= {"dimension": mimi.code_width, "n_q": mimi.codebooks, "bins": mimi.bins}
@@ -40,7 +41,7 @@ class Moshi:
         books = settings["n_q"] - settings["dep_q"]
         self.mimi = loaders.get_mimi(None, config, device=device, num_codebooks=books).eval()
         self.lm = loaders.get_moshi_lm(None, dict(settings), device=device, dtype=dtype).eval()
-        self.gen = LMGen(self.lm, support_out_of_sync=rows > 1)
+        self.gen = models.LMGen(self.lm, support_out_of_sync=rows > 1)
 
     @torch.no_grad()
     def times(self, frames: int) -> list[float]:
