@@ -11,7 +11,7 @@ Any chunking gives the same labels, and a row does not depend on the others.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,12 @@ class Transcripts:
             return x.gather(1, at)
 
         return Transcripts(*(gather(getattr(self, name)) for name in NAMES))
+
+    def best(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels and times ``[B, 1, H]`` and count ``[B, 1]`` of the likeliest."""
+        at = self.score.argmax(1, keepdim=True)
+        wide = at[..., None].expand(-1, -1, self.labels.shape[2])
+        return self.labels.gather(1, wide), self.times.gather(1, wide), self.count.gather(1, at)
 
     def where(self, rows: Tensor, other: Transcripts) -> Transcripts:
         """These in ``rows`` (``[B]`` bool), the other's elsewhere."""
@@ -148,14 +154,14 @@ class BeamSearch(nn.Module):
         state["beam.frames"].index_copy_(0, target, heard + valid.sum(1))
         for name in NAMES:
             state[f"beam.{name}"].index_copy_(0, target, getattr(now, name))
-        open_ = now.pick(now.score.argmax(1, keepdim=True))
+        labels, times, count = now.best()
         return {
             "tokens": settled.labels[:, :-1],
             "times": torch.where(settled.labels < 0, -1, settled.times - heard[:, None])[:, :-1],
             "count": settled.count,
-            "open_tokens": open_.labels[:, 0],
-            "open_times": open_.times[:, 0] - heard[:, None],
-            "open_count": open_.count[:, 0],
+            "open_tokens": labels[:, 0],
+            "open_times": times[:, 0] - heard[:, None],
+            "open_count": count[:, 0],
         }
 
     def _load(self, state: State, slots: Tensor, fresh: Tensor) -> Transcripts:
@@ -179,7 +185,7 @@ class BeamSearch(nn.Module):
         for symbol in range(self.config.symbols + 1):
             logits = self.transducer.head(F.relu(projected[:, None] + now.predicted))
             chances = (logits.to(now.score.dtype) / self.config.temperature).log_softmax(-1)
-            left = Transcripts(now.score + chances[..., blank], *(getattr(now, name) for name in NAMES[1:]))
+            left = replace(now, score=now.score + chances[..., blank])
             done = left if done is None else _distinct(done.beside(left), width)
             if symbol == self.config.symbols:
                 break
@@ -225,19 +231,18 @@ class BeamSearch(nn.Module):
     def _settle(self, now: Transcripts, until: Tensor, settled: _Settled, rows: Tensor) -> Transcripts:
         """Make the best transcript's labels of frames up to ``until`` ``[B]`` final, in ``rows`` ``[B]`` bool."""
         index = torch.arange(self.held, device=until.device)
-        best = now.pick(now.score.argmax(1, keepdim=True))
-        final = (index < best.count[..., None]) & (best.times <= until[:, None, None]) & rows[:, None, None]
+        labels, times, count = now.best()
+        final = (index < count[..., None]) & (times <= until[:, None, None]) & rows[:, None, None]
         number = final.sum(2)  # [B, 1]
-        agrees = ((now.labels == best.labels) | ~final).all(2) & (now.count >= number)
-        settled.add(best.labels[:, 0], best.times[:, 0], number)
+        agrees = ((now.labels == labels) | ~final).all(2) & (now.count >= number)
+        settled.add(labels[:, 0], times[:, 0], number)
         ahead = (index + number[..., None]).clamp(max=self.held - 1).expand_as(now.labels)
-        return Transcripts(
-            torch.where(agrees, now.score, -math.inf),
-            now.hash,
-            (now.count - number).clamp(min=0),
-            now.labels.gather(2, ahead),
-            now.times.gather(2, ahead),
-            *(getattr(now, name) for name in NAMES[5:]),
+        return replace(
+            now,
+            score=torch.where(agrees, now.score, -math.inf),
+            count=(now.count - number).clamp(min=0),
+            labels=now.labels.gather(2, ahead),
+            times=now.times.gather(2, ahead),
         )
 
 
@@ -270,6 +275,4 @@ def _distinct(all_: Transcripts, width: int) -> Transcripts:
     summed = torch.where(same, all_.score[:, None], -math.inf).logsumexp(2)
     first = there & ~same.tril(-1).any(2)
     score, index = torch.where(first, summed, -math.inf).topk(width, 1)
-    picked = all_.pick(index)
-    picked.score = score
-    return picked
+    return replace(all_.pick(index), score=score)
