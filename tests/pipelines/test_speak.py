@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_speech import tiny_speech, voice
 
+from antiphon.models.cosyvoice.flow_stream import NO_TOKEN
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Engine
@@ -25,13 +27,17 @@ from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.session import Session
 from antiphon.pipelines.speech import Speech
 from antiphon.pipelines.stage import Context, Inlet, Input, StageError, stage
+from antiphon.pipelines.stages import speak as speak_stage
 from antiphon.pipelines.stages.speak import Speak
+from antiphon.pipelines.synthesis import Step, Synthesis
 from antiphon.pipelines.synthesizer import Synthesizer
 
 Samples = NDArray[np.float32]
 
 RATE = 24000
 TEXT = "It was the best of times. It was the worst of times, of all 42 of them! We had it all."
+LONG = "It was the age of wisdom, it was the age of foolishness, it was the epoch of belief."
+OTHER = "It was the season of light, and so on."
 SECONDS = {"lm": 0.001, "flow": 0.005, "vocoder": 0.004}
 
 
@@ -52,10 +58,10 @@ def expected(speech: Make) -> Samples:
         return np.concatenate([piece.samples for piece in models.speak(TEXT, "ada", 3)])
 
 
-def engine(speech: Make, slots: int = 4) -> Engine:
+def engine(speech: Make, slots: int = 4, buckets: Sequence[int] = (4,)) -> Engine:
     made = Engine(inline=True, clock=VirtualClock(), cost=lambda name, *_: SECONDS[name.split(".")[1]], limit=1e9)
     models = speech()
-    models.install(made, slots=slots, buckets=(4,), exact=False)
+    models.install(made, slots=slots, buckets=buckets, exact=False)
     models.register(made, "ada", voice(1))
     return made
 
@@ -152,6 +158,94 @@ def test_sessions_sound_as_alone_and_so_does_a_second_utterance(speech: Make, ex
             await asyncio.gather(*(one(models, number) for number in range(4)))
 
     run_virtual(main())
+
+
+@dataclass(frozen=True)
+class First:
+    """Of an utterance's first sound: when it came, and what had been made by then."""
+
+    latency: float
+    tokens: int  # read by the first step of the flow, beyond the voice's
+    samples: int  # of the first block
+
+
+class Watched(Synthesis):
+    """Notes what the first steps of each utterance were."""
+
+    made: ClassVar[list[Watched]] = []
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.tokens = self.samples = 0
+        self.made.append(self)
+
+    def take(self, step: Step, outputs: Mapping[str, torch.Tensor]) -> None:
+        if step.part == "flow" and not self.tokens:
+            heard = step.inputs["tokens"]
+            self.tokens = int((heard != NO_TOKEN).sum()) - len(self.voice.flow.rest)
+        super().take(step, outputs)
+        if step.part == "vocoder" and not self.samples:
+            self.samples = len(self._pieces[-1].samples)
+
+
+async def utterance(session: Session, text: str) -> tuple[First, Samples]:
+    """Say a text as a whole; what its first sound was like, and all of it."""
+    began = session.clock.now()
+    await session.send(Text(text=text, rate=RATE, final=True), "text")
+    first, made = None, []
+    async for chunk in _until_final(session):
+        if isinstance(chunk, Audio) and first is None:
+            first = session.clock.now() - began
+        made.append(chunk)
+    assert first is not None
+    watched = Watched.made.pop(0)
+    return First(round(first, 9), watched.tokens, watched.samples), sound(made)
+
+
+def test_three_in_a_row_and_twenty_at_once_begin_as_alone(speech: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first hop is never longer for what was said before or beside it (upstream's grows with every request)."""
+    monkeypatch.setattr(speak_stage, "Synthesis", Watched)
+    cases = [(LONG, seed) for seed in (3, 4)] + [(OTHER, 3)]
+
+    async def alone(text: str, seed: int) -> tuple[First, Samples]:
+        with engine(speech, 20, (4, 32)) as models:
+            async with graph(seed=seed).session(engine=models) as session:
+                return await utterance(session, text)
+
+    expected = {case: run_virtual(alone(*case)) for case in cases}
+    # The voice's 13 tokens and a hop of 25 end within a chunk of 5, which 27 fill; three are heard ahead.
+    assert {first.tokens for first, _ in expected.values()} == {30}
+    assert len({first for first, _ in expected.values()}) == 2  # OTHER is read in one step less
+    assert len({len(heard) for _, heard in expected.values()}) == len(cases)
+
+    async def in_a_row() -> None:
+        with engine(speech, 20, (4, 32)) as models:
+            async with graph(seed=3).session(engine=models) as session:
+                for text in (LONG, OTHER, LONG):
+                    first, heard = await utterance(session, text)
+                    assert first == expected[text, 3][0]
+                    assert np.array_equal(heard, expected[text, 3][1])
+                    await session.clock.sleep(10.0)
+
+    run_virtual(in_a_row())
+
+    async def at_once(cases: Sequence[tuple[str, int]]) -> list[tuple[First, First]]:
+        """Their first sounds, and those of the same alone."""
+
+        async def one(number: int) -> tuple[First, First]:
+            text, seed = case = cases[number % len(cases)]
+            async with graph(seed=seed).session(engine=models) as session:
+                first, heard = await utterance(session, text)
+            assert np.array_equal(heard, expected[case][1]), number
+            return first, expected[case][0]
+
+        with engine(speech, 20, (4, 32)) as models:
+            return list(await asyncio.gather(*map(one, range(20))))
+
+    assert all(first == lone for first, lone in run_virtual(at_once(cases[:2])))
+    for first, lone in run_virtual(at_once(cases)):  # two batches, which take turns
+        assert (first.tokens, first.samples) == (lone.tokens, lone.samples)
+        assert first.latency < 2 * lone.latency
 
 
 @pytest.mark.parametrize("after", [1, 9, 40])
