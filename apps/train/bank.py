@@ -15,12 +15,12 @@ import multiprocessing
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from math import gcd
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ from .synthesise import load_teacher, parse_weights
 from .voices import RATE, Line, Teacher
 from .voices.signal import resample
 
-Role = Literal["answer", "question", "first half", "second half", "backchannel", "stop", "talk", "noise"]
-
+Role = Literal["answer", "question", "first half", "second half", "backchannel", "stop", "talk", "noise", "speech"]
 ASSISTANT = "heart"  # hibari's voice
 SPEEDS = (0.85, 1.2)
 PARTS = 40
@@ -74,7 +73,7 @@ class Utterance:
         """Whether its voice is only tested on: for a blend of voices, if one of them is."""
         teacher, _, voice = self.voice.partition(":")
         names = (f"{teacher}:{part.partition('*')[0]}" for part in voice.split("+"))
-        return self.role != "answer" and any(kept_back("voice", name) for name in names)
+        return self.role not in ("answer", "speech") and any(kept_back("voice", name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -190,14 +189,16 @@ def plan(count: int, weights: dict[str, float], draw: dict[str, Teacher], seed: 
     return orders
 
 
-def trimmed(speech: NDArray[np.float32], loudness: float = LOUDNESS) -> NDArray[np.float32]:
-    """From the first to the last sound, at one loudness; empty where there is none."""
+def trimmed(
+    speech: NDArray[np.float32], loudness: float = LOUDNESS, edges: tuple[int, int] = (EDGE, EDGE)
+) -> NDArray[np.float32]:
+    """From the first to the last sound with ``edges`` samples around, at one loudness; empty where there is none."""
     count = len(speech) // 240
     levels = np.sqrt(np.square(speech[: count * 240].reshape(count, 240)).mean(1)) if count else np.zeros(1)
     loud = np.flatnonzero(levels > max(1e-3, 0.03 * levels.max()))
     if not len(loud):
         return np.zeros(0, np.float32)
-    begin, end = max(0, loud[0] * 240 - EDGE), min(len(speech), (loud[-1] + 1) * 240 + EDGE)
+    begin, end = max(0, loud[0] * 240 - edges[0]), min(len(speech), (loud[-1] + 1) * 240 + edges[1])
     level = np.sqrt(np.square(levels[loud]).mean())
     gain = min(loudness / float(level), 0.99 / float(np.abs(speech).max()))
     return np.multiply(speech[begin:end], gain, dtype=np.float32)
@@ -232,8 +233,8 @@ class Worker:
             self._teachers[name] = load_teacher(name, self.device, self.kokoro)
         return self._teachers[name]
 
-    def speak(self, orders: Sequence[Order]) -> list[NDArray[np.float32]]:
-        """In the order given; empty for what cannot be said."""
+    def speak(self, orders: Sequence[Order], edges: tuple[int, int] = (EDGE, EDGE)) -> list[NDArray[np.float32]]:
+        """In the order given, see ``trimmed``; empty for what cannot be said."""
         spoken: dict[int, NDArray[np.float32]] = {}
         for name in sorted({order.teacher for order in orders}):
             chosen = [index for index, order in enumerate(orders) if order.teacher == name]
@@ -243,7 +244,7 @@ class Worker:
                 divisor = gcd(up, down)
                 if up != down and len(speech):
                     speech = resample(speech, (up // divisor, down // divisor))
-                spoken[index] = trimmed(speech.numpy())
+                spoken[index] = trimmed(speech.numpy(), edges=edges)
         return [spoken[index] for index in range(len(orders))]
 
     @classmethod
@@ -257,20 +258,34 @@ def _speak(orders: Sequence[Order]) -> list[NDArray[np.float32]]:
 
 
 def rendered(
-    orders: Sequence[Order], workers: int, device: str, kokoro: Path | None
-) -> Iterator[tuple[Order, NDArray[np.float32]]]:
-    """Each order with its speech, in order. Kokoro's come in batches of their own."""
-    kinds = [[order for order in orders if order.teacher == name] for name in sorted({o.teacher for o in orders})]
-    chunks = [kind[at : at + CHUNK] for kind in kinds for at in range(0, len(kind), CHUNK)]
+    orders: Sequence[Order],
+    workers: int,
+    device: str,
+    kokoro: Path | None,
+    speak: Callable[[Sequence[Order]], list[NDArray[Any]]] = _speak,
+) -> Iterator[tuple[Order, NDArray[Any]]]:
+    """Each order with its speech, a teacher's in order. Batches are of one teacher; the teachers' batches alternate, so
+    that those of the CPU and those of the GPU end together.
+
+    speak: what a process does with a batch; ``Worker.here`` is its worker.
+    """
+    chunks: list[tuple[float, Sequence[Order]]] = []
+    for name in sorted({order.teacher for order in orders}):
+        kind = [order for order in orders if order.teacher == name]
+        chunks += [(at / len(kind), kind[at : at + CHUNK]) for at in range(0, len(kind), CHUNK)]
+    batches = [chunk for _, chunk in sorted(chunks, key=lambda chunk: chunk[0])]
     if workers == 0:
-        worker = Worker(device, kokoro)
-        for chunk in chunks:
-            yield from zip(chunk, worker.speak(chunk), strict=True)
+        Worker.here = Worker(device, kokoro)
+        for batch in batches:
+            yield from zip(batch, speak(batch), strict=True)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, Worker.start, (device, kokoro)) as pool:
-        for chunk, speech in zip(chunks, pool.map(_speak, chunks), strict=True):
-            yield from zip(chunk, speech, strict=True)
+        try:
+            for batch, speech in zip(batches, pool.map(speak, batches), strict=True):
+                yield from zip(batch, speech, strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def write_speech(writer: BankWriter, pairs: Iterator[tuple[Order, NDArray[np.float32]]]) -> Counter[str]:
