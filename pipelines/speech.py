@@ -17,6 +17,7 @@ from ..codecs.hift import HiFT
 from ..models.cosyvoice.flow_stream import StreamingFlow
 from ..models.cosyvoice.flow_voices import FlowVoice
 from ..models.cosyvoice.lm import SpeechLM
+from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.voice import Voice
 from ..models.streaming import Specs, State, StreamingModel
 from .engine import Engine
@@ -50,11 +51,16 @@ class Registered:
 
 
 class Reader(StreamingModel):
-    """The language model with its tokenizer and the voices registered by name; the first is the default."""
+    """The language model with its tokenizer and the voices registered by name; the first is the default.
 
-    def __init__(self, lm: SpeechLM, tokenizer: Tokenizes, language: str = "en") -> None:
+    sampling: how speech tokens are drawn where nothing else is asked for.
+    """
+
+    def __init__(
+        self, lm: SpeechLM, tokenizer: Tokenizes, language: str = "en", sampling: Sampling | None = None
+    ) -> None:
         super().__init__()
-        self.lm, self.tokenizer, self.language = lm, tokenizer, language
+        self.lm, self.tokenizer, self.language, self.sampling = lm, tokenizer, language, sampling or Sampling()
         self.voices: dict[str, Registered] = {}
 
     @property

@@ -1,6 +1,7 @@
 """Speech models as files: CosyVoice 2 as it is published, or our own folder.
 
-config.json           "kind": "speech", sizes of the networks, and the voice to use where none is named
+config.json           "kind": "speech", sizes of the networks, and, where they are the model's own: the voice to use
+                      where none is named, how tokens are drawn ("sampling"), the flow's steps ("hops")
 model.safetensors     weights of all three under lm., flow. and vocoder.
 tokenizer.json        the text tokenizer
 voices/NAME.safetensors
@@ -31,6 +32,7 @@ from ..models.cosyvoice.flow_config import FlowConfig, FlowLimits
 from ..models.cosyvoice.flow_stream import StreamingFlow
 from ..models.cosyvoice.lm import SpeechLM
 from ..models.cosyvoice.lm_config import LMConfig
+from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.tokenizer import TextTokenizer
 from ..models.cosyvoice.voice import Voice
 from ..models.files import CheckpointError, check_keys, read_json, read_safetensors, reading
@@ -92,7 +94,8 @@ def load(
 ) -> Loaded:
     """Models by name or folder; None for the one that comes with the package, or else the published one.
 
-    dtype: of the weights; None for bfloat16 on a GPU and float32 elsewhere. limits: what the flow keeps.
+    dtype: of the weights; None for bfloat16 on a GPU and float32 elsewhere. limits: what the flow keeps; its hops are
+    the model's where it has its own.
     Raises CheckpointError with the remedy for what is nowhere, damaged, or another model.
     """
     if name is None:
@@ -110,7 +113,10 @@ def load(
 def save(
     folder: Path, lm: SpeechLM, flow: FlowMatching, vocoder: HiFT, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the networks in our layout; the tokenizer and the voices lie beside them. settings: ``voice``, ..."""
+    """Write the networks in our layout; the tokenizer and the voices lie beside them.
+
+    settings: ``voice``, ``sampling``, ``hops``, ``language``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     networks: dict[str, torch.nn.Module] = {"lm": lm, "flow": flow, "vocoder": vocoder}
     sizes = {part: dataclasses.asdict(config) for part, config in
@@ -135,6 +141,9 @@ def _own(folder: Path, device: torch.device | str, dtype: torch.dtype | None, li
     with reading(folder / "config.json"):
         lm, flow = SpeechLM(_made(LMConfig, config["lm"])), FlowMatching(_made(FlowConfig, config["flow"]))
         vocoder = HiFT(_made(HiFTConfig, config["vocoder"]))
+        sampling = _made(Sampling, config.get("sampling", {}))
+        if hops := config.get("hops"):
+            limits = dataclasses.replace(limits or FlowLimits(), hops=tuple(hops))
     if len(tokenizer) > lm.config.text:
         raise CheckpointError(f"{folder}: {len(tokenizer)} text tokens, but the language model reads {lm.config.text}")
     networks: dict[str, torch.nn.Module] = {"lm": lm, "flow": flow, "vocoder": vocoder}
@@ -145,7 +154,7 @@ def _own(folder: Path, device: torch.device | str, dtype: torch.dtype | None, li
             own = {key.removeprefix(f"{part}."): value for key, value in weights.items() if key.startswith(f"{part}.")}
             network.load_state_dict({key: value.float() for key, value in own.items()})
         speech = Speech(
-            Reader(lm.to(device, dtype).eval(), tokenizer, config.get("language", "en")),
+            Reader(lm.to(device, dtype).eval(), tokenizer, config.get("language", "en"), sampling),
             StreamingFlow(flow.to(device, dtype).eval(), limits),
             vocoder.to(device).eval(),
         )

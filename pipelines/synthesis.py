@@ -26,7 +26,7 @@ from ..codecs.hift import UNKNOWN
 from ..codecs.resample import Samples
 from ..models.cosyvoice.flow_config import RATE as FRAMES
 from ..models.cosyvoice.flow_config import TOKEN_SECONDS
-from ..models.cosyvoice.flow_hops import SCHEDULE, Hop, Hops
+from ..models.cosyvoice.flow_hops import Hop, Hops
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.stream import TextStream
 from .chunk import Word
@@ -36,7 +36,6 @@ from .spoken import spoken
 
 LEAD = 250  # speech tokens that may be written before frames of them are drawn
 LONGEST_SENTENCE = 240  # characters
-LONGEST_TEXT = 100  # text tokens of a passage
 ENOUGH = 160  # characters of arriving text after which a sentence's end ends the passage
 SECONDS_A_CHARACTER = 0.065  # of speech, where its length is not known yet
 
@@ -110,7 +109,8 @@ class Synthesis:
 
     voice: a registered one's name; None for the first. seed: of all that is drawn. arriving: speak text as it arrives,
     a few words behind it, instead of sentence by sentence; it is then put into words one word at a time. schedule: of
-    the hops, see ``Hops``. sampling: how speech tokens are drawn; its seed is not used. Raises ValueError.
+    the hops, see ``Hops``; by default all that the flow has steps for, the shortest first. sampling: how speech tokens
+    are drawn, by default as the model asks for; its seed is not used. Raises ValueError.
     """
 
     def __init__(
@@ -120,14 +120,14 @@ class Synthesis:
         seed: int = 0,
         *,
         arriving: bool = False,
-        schedule: Sequence[int] = SCHEDULE,
+        schedule: Sequence[int] | None = None,
         sampling: Sampling | None = None,
     ) -> None:
         if not 0 <= seed < _SEEDS:
             raise ValueError(f"a seed goes from 0 to {_SEEDS - 1}, got {seed}")
         self.speech, self.voice = speech, speech.reader.voice(voice)
-        self.seed, self.arriving, self._schedule = seed, arriving, tuple(schedule)
-        self._sampling = sampling or Sampling()
+        self.seed, self.arriving, self._schedule = seed, arriving, tuple(schedule or sorted(speech.flow.limits.hops))
+        self._sampling = sampling or speech.reader.sampling
         self.cut = 0  # passages that ended because the models could hold no more of them
         self._sentences = Sentences(longest=LONGEST_SENTENCE)
         self._words = ""  # of arriving text: a word that may still grow
@@ -176,8 +176,9 @@ class Synthesis:
         """A sentence, in parts where it has too many tokens."""
         words = spoken(sentence, self.speech.reader.language)
         tokens = self.speech.reader.tokenizer.encode(words)
-        if len(tokens) > LONGEST_TEXT and len(sentence) > 1:
-            parts = Sentences(longest=max(1, len(sentence) * LONGEST_TEXT // len(tokens)))
+        most = self.speech.reader.lm.config.passage
+        if len(tokens) > most and len(sentence) > 1:
+            parts = Sentences(longest=max(1, len(sentence) * most // len(tokens)))
             for part in (*parts.push(sentence), *parts.finish()):
                 if part == sentence:
                     break

@@ -24,7 +24,9 @@ class LMConfig:
     ``start`` and ``task``, then text tokens, whose numbers of the tokenizer ``text_id`` turns into these.
 
     capacity: positions that a session can hold: prompt, text and speech. prefill: lengths of the steps that read
-    more than one token. kept: dtype of cached keys and values, None for the weights'.
+    more than one token. kept: dtype of cached keys and values, None for the weights'. mix: tokens of text and of speech
+    in a block, where text arrives while it is spoken. extent: fewest and most speech tokens for a token of text.
+    passage: text tokens that are spoken at a time, at most.
     """
 
     text: int = 151936
@@ -39,11 +41,29 @@ class LMConfig:
     capacity: int = 2048
     prefill: tuple[int, ...] = (8, 32, 64)
     kept: torch.dtype | None = None
+    mix: tuple[int, int] = (5, 15)
+    extent: tuple[float, float] = (2.0, 20.0)
+    passage: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("text", "speech", "width", "layers", "heads", "kv_heads", "feedforward", "theta", "eps"):
+        for name in (
+            "text",
+            "speech",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "feedforward",
+            "theta",
+            "eps",
+            "passage",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if min(self.mix) < 1 or not 0 <= self.extent[0] <= self.extent[1]:
+            raise ValueError(
+                f"a mix has text and speech, got {self.mix}; an extent is a rising pair, got {self.extent}"
+            )
         if list(self.prefill) != sorted(set(self.prefill)) or (self.prefill and self.prefill[0] < 2):
             raise ValueError(f"prefill must be rising lengths of at least 2, got {self.prefill}")
         if self.capacity < max(self.lengths):

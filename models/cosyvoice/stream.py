@@ -1,8 +1,8 @@
 """What the language model reads next: the host's side of :mod:`.lm` for one utterance (arXiv 2412.10117 section 2.4).
 
-Text that is known as a whole stands before the speech. Text that still arrives is read in blocks, five tokens of text
-for fifteen of speech; a block ends where the model draws ``fill``, at the latest when its fifteen are full, and what is
-left of the text when it is finished stands before the rest of the speech. A prompt, a clip's text and speech, comes
+Text that is known as a whole stands before the speech. Text that still arrives is read in blocks, as published five
+tokens of text for fifteen of speech; a block ends where the model draws ``fill``, at the latest when its speech is full,
+and what is left of the text when it is finished stands before the rest of the speech. A prompt, a clip's text and speech, comes
 first in either layout. ``fill`` is only drawn: next after it, text is read.
 """
 
@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from .lm_config import LMConfig
 from .sampling import HISTORY, NONE, Sampling
 
-BLOCK = (5, 15)
-LENGTHS = (2.0, 20.0)
 IGNORED = -1
 """As a target: nothing is to be drawn here."""
 
@@ -39,8 +37,8 @@ class TextStream:
     returns None while more text is needed. Text and prompt are tokens of the tokenizer, as ``push`` takes them.
 
     known: the text as a whole; otherwise it arrives by ``push`` until ``finish``.
-    lengths: fewest and most speech tokens for a token of text. Fewest are asked of text known as a whole only, as
-    upstream does; most bound both, arriving text once it is finished.
+    block, lengths: instead of the configuration's ``mix`` and ``extent``. The fewest speech tokens are asked of text
+    known as a whole only, as upstream does; the most bound both, arriving text once it is finished.
 
     ``end`` is "said" when the model drew its end, "length" where the longest is reached, "capacity" where the session
     is full: what is then left of the text is in ``rest``. Raises ValueError for a prompt that leaves no room.
@@ -54,9 +52,10 @@ class TextStream:
         prompt_text: Sequence[int] = (),
         prompt_speech: Sequence[int] = (),
         sampling: Sampling | None = None,
-        block: tuple[int, int] = BLOCK,
-        lengths: tuple[float, float] = LENGTHS,
+        block: tuple[int, int] | None = None,
+        lengths: tuple[float, float] | None = None,
     ) -> None:
+        block, lengths = block or config.mix, lengths or config.extent
         if min(block) < 1 or not 0 <= lengths[0] <= lengths[1]:
             raise ValueError(f"a block has text and speech, got {block}; lengths are a rising pair, got {lengths}")
         if any(not 0 <= token < config.speech for token in prompt_speech):

@@ -1,6 +1,7 @@
 """A voice: what CosyVoice needs to know of a speaker, as one safetensors file.
 
-The tokens and the mel frames of a clip, two frames a token, the speaker's embedding, and what is said in the clip.
+The tokens and the mel frames of a clip, two frames a token, the speaker's embedding, and what is said in the clip. Where
+a model was trained on the speaker, the embedding alone is enough: there is no clip then.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class Voice:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.prompt_tokens.dim() != 1 or self.prompt_tokens.dtype != torch.int64 or not len(self.prompt_tokens):
+        if self.prompt_tokens.dim() != 1 or self.prompt_tokens.dtype != torch.int64:
             raise ValueError(f"a voice's prompt_tokens must be [n] int64, got {_told(self.prompt_tokens)}")
-        if (self.prompt_tokens < 0).any():
+        if len(self.prompt_tokens) and self.prompt_tokens.min() < 0:
             raise ValueError(f"a voice's prompt_tokens must not be negative, got {int(self.prompt_tokens.min())}")
         for key, dimensions in (("prompt_mel", 2), ("embedding", 1)):
             value = getattr(self, key)
-            if value.dim() != dimensions or value.dtype != torch.float32 or not value.numel():
+            if value.dim() != dimensions or value.dtype != torch.float32 or not value.shape[-1]:
                 raise ValueError(f"a voice's {key} must have {dimensions} dimensions in float32, got {_told(value)}")
             if not value.isfinite().all():
                 raise ValueError(f"a voice's {key} holds values that are no numbers; make it from the clip again")

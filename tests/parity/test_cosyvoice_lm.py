@@ -28,7 +28,7 @@ from antiphon.models.cosyvoice.lm import SpeechLM
 from antiphon.models.cosyvoice.lm_checkpoint import from_upstream
 from antiphon.models.cosyvoice.lm_config import LMConfig
 from antiphon.models.cosyvoice.sampling import Sampling
-from antiphon.models.cosyvoice.stream import BLOCK, IGNORED, TextStream, lay_out
+from antiphon.models.cosyvoice.stream import IGNORED, TextStream, lay_out
 from antiphon.models.cosyvoice.tokenizer import END_OF_TEXT, SPECIALS, TextTokenizer
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -252,7 +252,7 @@ def test_arriving_text_is_read_as_trained(upstream: torch.nn.Module, lm: SpeechL
         ids = [OURS.text_id(token) for token in text]
         given = (row(text), embed(upstream, ids), length(text), row(speech), embed(upstream, speech), length(speech))
         target, laid, _ = upstream.prepare_lm_input_target(*given)
-    ours_read, ours_drawn = lay_out(OURS, text, speech, BLOCK)
+    ours_read, ours_drawn = lay_out(OURS, text, speech, OURS.mix)
     assert torch.equal(embed(upstream, ours_read), laid)
     assert ours_drawn == [IGNORED if drawn < 0 else drawn for drawn in target[0].tolist()]
     if prompt[1] % 15:  # after whole blocks upstream waits for another block's speech before it forces a fill

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_speech import CHUNK, LIMITS, LM, SPEECH, tiny_speech, voice, write
+from tiny_speech import CHUNK, LIMITS, LM, MELS, SPEECH, VOCODER, tiny_speech, voice, write
 
 from antiphon.models.cosyvoice.flow_config import FlowLimits
 from antiphon.models.cosyvoice.flow_context import Mask
 from antiphon.models.cosyvoice.flow_hops import SCHEDULE
+from antiphon.models.cosyvoice.sampling import Sampling
+from antiphon.models.cosyvoice.voice import Voice
 from antiphon.models.files import CheckpointError
 from antiphon.pipelines.engine import AtCapacity
 from antiphon.pipelines.speech_checkpoint import load
@@ -208,6 +210,28 @@ def test_a_folder_comes_back(tmp_path: Path, models: Synthesizer) -> None:
     (tmp_path / "tiny" / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
         load(tmp_path / "tiny")
+
+
+def test_a_model_speaks_in_its_own_way_unless_asked_otherwise(tmp_path: Path) -> None:
+    manner = {"sampling": {"temperature": 0.0, "top_k": 3}, "hops": [5, 10]}
+    write(tmp_path / "tiny", manner)
+    speech = load(tmp_path / "tiny", limits=FlowLimits(left=600, voices=8, prompt=40)).speech
+    assert speech.reader.sampling == Sampling(temperature=0.0, top_k=3)
+    assert (speech.flow.limits.hops, speech.flow.limits.left) == ((5, 10), 600)
+    alone = Voice(torch.zeros(0, dtype=torch.int64), torch.zeros(0, MELS), voice(1).embedding, "it")
+    with Synthesizer(speech) as read:
+        read.register("alone", alone)
+        first = Synthesis(speech)
+        first.push(SHORT)
+        first.finish()
+        (spoken,) = read.speak_many([first])
+        passage = first._passages[0]
+        assert len(spoken) == len(passage.stream.speech) * 2 * VOCODER.frame > 0
+        asked = Synthesis(speech, seed=1, schedule=(25,), sampling=Sampling())
+        asked.push(SHORT)
+        asked.finish()
+        (other,) = read.speak_many([asked])
+        assert not np.array_equal(other, spoken)
 
 
 def test_models_that_do_not_fit_are_told(models: Synthesizer) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -77,9 +79,9 @@ def voice(seed: int = 0, tokens: int = 13, text: str = "it was the worst") -> Vo
     )
 
 
-def write(folder: Path, *, voices: bool = True) -> Path:
-    """The models in our layout, with the voices ``ada`` and ``bob``."""
-    save(folder, *networks(), {"voice": "bob"})
+def write(folder: Path, manner: Mapping[str, Any] | None = None, *, voices: bool = True) -> Path:
+    """The models in our layout, with the voices ``ada`` and ``bob``. manner: other settings."""
+    save(folder, *networks(), {"voice": "bob", **(manner or {})})
     (folder / "tokenizer.json").write_text(tokenizer_json())
     if voices:
         (folder / "voices").mkdir()

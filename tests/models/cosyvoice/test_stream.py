@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
 from antiphon.models.cosyvoice.lm_config import LMConfig
 from antiphon.models.cosyvoice.sampling import NONE, Sampling
-from antiphon.models.cosyvoice.stream import BLOCK, IGNORED, Feed, TextStream, lay_out
+from antiphon.models.cosyvoice.stream import IGNORED, Feed, TextStream, lay_out
 
 CONFIG = LMConfig(
     text=1000, speech=500, width=8, layers=1, heads=2, kv_heads=1, feedforward=8, capacity=400, prefill=(4, 16)
@@ -97,7 +98,7 @@ def test_arriving_text_is_read_in_blocks() -> None:
     assert reader.said == speech
     assert stream.end == "said"
     assert reader.specials == [FILL] * 30 + [END] * 8
-    inputs, targets = lay_out(CONFIG, range(12), speech, BLOCK)
+    inputs, targets = lay_out(CONFIG, range(12), speech, CONFIG.mix)
     assert inputs == reader.read
     assert [target for target in targets if target != IGNORED] == [
         *speech[:15], FILL, *speech[15:30], FILL, *speech[30:], END,
@@ -207,6 +208,25 @@ def test_steps_and_draws_alternate() -> None:
         stream.push([2])
 
 
+def test_a_model_may_mix_and_extend_in_its_own_way() -> None:
+    config = replace(CONFIG, mix=(4, 6), extent=(0.5, 2.0))
+    stream = TextStream(config)
+    reader = arrive(Reader(stream), range(10))
+    assert reader.read[:22] == [
+        START,
+        *text(0, 1, 2, 3),
+        *range(100, 106),
+        *text(4, 5, 6, 7),
+        *range(106, 112),
+        *text(8),
+    ]
+    assert (stream.end, len(reader.said)) == ("length", 20)
+    with pytest.raises(ValueError, match=r"got \(0, 15\)"):
+        replace(CONFIG, mix=(0, 15))
+    with pytest.raises(ValueError, match=r"a rising pair, got \(3, 2\)"):
+        replace(CONFIG, extent=(3, 2))
+
+
 def test_sampling_is_handed_on() -> None:
     feed = TextStream(CONFIG, [1], sampling=Sampling(top_p=0.5, window=3, tau=0.5, seed=9)).feed()
     assert feed is not None
@@ -221,7 +241,7 @@ def test_sampling_is_handed_on() -> None:
         (lambda: TextStream(CONFIG, lengths=(3, 2)), "a rising pair"),
         (lambda: TextStream(CONFIG, prompt_speech=[500]), "from 0 to 499"),
         (lambda: TextStream(CONFIG, [1000]), "text token 1000"),
-        (lambda: lay_out(CONFIG, range(10), range(30), BLOCK), "more than 30 speech tokens"),
+        (lambda: lay_out(CONFIG, range(10), range(30), CONFIG.mix), "more than 30 speech tokens"),
     ],
 )
 def test_what_cannot_be_is_refused(wrong: Callable[[], object], message: str) -> None:

@@ -32,6 +32,16 @@ def test_a_voice_comes_back_as_it_was(tmp_path: Path) -> None:
         assert getattr(read, key).dtype == getattr(voice, key).dtype
 
 
+def test_an_embedding_alone_is_a_voice(tmp_path: Path) -> None:
+    voice = Voice(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 80), torch.ones(192), "<ada>", "ada")
+    voice.save(tmp_path / "ada.safetensors")
+    read = Voice.load(tmp_path / "ada.safetensors")
+    assert (read.prompt_tokens.shape, read.prompt_mel.shape) == ((0,), (0, 80))
+    assert torch.equal(read.embedding, voice.embedding)
+    with pytest.raises(ValueError, match="embedding must have 1 dimensions"):
+        Voice(voice.prompt_tokens, voice.prompt_mel, torch.zeros(0))
+
+
 @pytest.mark.parametrize(("tokens", "frames", "kept"), [(5, 10, 5), (6, 11, 5), (5, 14, 5), (4, 9, 4), (1, 2, 1)])
 def test_tokens_and_frames_are_cut_to_fit(tokens: int, frames: int, kept: int) -> None:
     given = parts(tokens, frames)
