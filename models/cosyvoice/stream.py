@@ -1,9 +1,9 @@
 """What the language model reads next: the host's side of :mod:`.lm` for one utterance (arXiv 2412.10117 section 2.4).
 
 Text that is known as a whole stands before the speech. Text that still arrives is read in blocks, as published five
-tokens of text for fifteen of speech; a block ends where the model draws ``fill``, at the latest when its speech is full,
-and what is left of the text when it is finished stands before the rest of the speech. A prompt, a clip's text and speech, comes
-first in either layout. ``fill`` is only drawn: next after it, text is read.
+tokens of text for fifteen of speech; a block ends where the model draws ``fill``, at the latest when its speech is
+full, and what is left of the text when it is finished stands before the rest of the speech. A prompt, a clip's text and
+speech, comes first in either layout. ``fill`` is only drawn: next after it, text is read.
 """
 
 from __future__ import annotations

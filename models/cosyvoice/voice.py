@@ -1,7 +1,7 @@
 """A voice: what CosyVoice needs to know of a speaker, as one safetensors file.
 
-The tokens and the mel frames of a clip, two frames a token, the speaker's embedding, and what is said in the clip. Where
-a model was trained on the speaker, the embedding alone is enough: there is no clip then.
+The tokens and the mel frames of a clip, two frames a token, the speaker's embedding, and what is said in the clip.
+Where a model was trained on the speaker, the embedding alone is enough: there is no clip then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FRAMES = 2
 class Voice:
     """prompt_tokens: ``[n]`` int64. prompt_mel: ``[2 n, mels]`` float32. embedding: ``[width]`` float32.
 
-    prompt_text: what the clip says; the language model reads it in front of what it shall say. name: for people.
+    n is 0 for a voice that the model knows by its embedding alone. prompt_text: what the clip says; the language model
+    reads it in front of what it shall say. name: for people.
     Raises ValueError for tensors of other shapes or dtypes, or with values that are no numbers.
     """
 
