@@ -261,8 +261,9 @@ class Core:
                 call()
 
     def _failed(self, batch: Batch, error: Exception) -> None:
+        if not self.scheduler.done(batch, self.now(), 0.0, failed=True):
+            return  # an earlier slice had failed
         self.counts["failed"] += 1
-        self.scheduler.done(batch, self.now(), 0.0, failed=True)
         failures: list[Exception] = []
         for _ in batch.works:
             lane = batch.lane

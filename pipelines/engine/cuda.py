@@ -148,8 +148,10 @@ class CudaRunner:
                 for name, tensor in captures[-1].outputs.items():
                     outputs[name] = landing.outputs[name][:bucket]
                     outputs[name].copy_(tensor, non_blocking=True)
-            landing.landed.record(stream)
-        return CudaFlight(outputs, started, ended, landing.landed)
+            # The next slice may start before this one is waited for: only the last marks the buffers free.
+            landed = landing.landed if last == lane.slices else _event(blocking=True)
+            landed.record(stream)
+        return CudaFlight(outputs, started, ended, landed)
 
     def _upload(self, lane: _Lane, bucket: int) -> None:
         tensors, slots, active = lane.landing.staging.views(bucket)

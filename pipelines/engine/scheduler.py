@@ -7,7 +7,8 @@ A pure object: no threads, no torch, no clock of its own. The caller submits ``W
   largest bucket follow in further batches of the same tick. Ticks are short while the device idles and stretch to half
   the deadline under load: a step costs almost the same for few rows as for many, so starting rarely is what makes room.
 - *Earliest deadline first* among the lanes that may start, and inside a lane.
-- *Slices.* A model whose step is long (an ODE solver's steps, a prefill) yields after each slice.
+- *Slices.* A model whose step is long (an ODE solver's steps, a prefill) yields after each slice. The next slice may
+  start before the last is done: a device that keeps several in its queue runs them in order.
 
 Work without a deadline (files) fills the gaps: it runs when no deadline waits, and ticks do not hold it up. Chunks of
 one lease keep their order, at most one of them is ready or running at a time.
@@ -20,7 +21,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from .errors import InboxFull
@@ -109,7 +110,7 @@ class Lane:
     depth: int = 0  # works submitted and not started
     _ready: list[tuple[float, int, Work]] = field(default_factory=list)
     _quota: int = 0  # rows of this tick that still wait for a batch
-    _running: Batch | None = None  # a sliced batch that has slices left
+    _running: Batch | None = None  # of a sliced batch that is not done, what started last
 
     def __post_init__(self) -> None:
         if not self.buckets or sorted(set(self.buckets)) != list(self.buckets) or self.buckets[0] < 1:
@@ -124,7 +125,7 @@ class Lane:
         return next(size for size in self.buckets if size >= rows)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Batch:
     """Works of one lane to step together: slices ``first`` to ``last`` (exclusive) of the lane's ``slices``."""
 
@@ -134,7 +135,6 @@ class Batch:
     urgency: tuple[float, int]
     first: int = 0
     last: int = 0
-    executing: bool = True
 
 
 class Scheduler:
@@ -178,7 +178,7 @@ class Scheduler:
         wake: float | None = None
         for lane in self.lanes.values():
             if lane._running is not None:
-                if lane._running.executing:
+                if lane._running.last == lane.slices:
                     continue
                 key = lane._running.urgency
             elif lane._ready:
@@ -194,13 +194,16 @@ class Scheduler:
         return wake if chosen is None else self._start(chosen, now)
 
     def done(self, batch: Batch, now: float, seconds: float, *, failed: bool = False) -> bool:
-        """The slices of ``batch`` took ``seconds`` of the device. True when the batch is finished (or failed)."""
+        """The slices of ``batch`` took ``seconds`` of the device. True once for a batch: when its last slice is done,
+        or one has failed, whatever becomes of those that had started by then."""
         self._load = self.load(now) + seconds / LOAD_WINDOW
         self._load_at = max(now, self._load_at)
-        batch.executing = False
-        if not failed and batch.last < batch.lane.slices:
-            return False
-        batch.lane._running = None
+        lane = batch.lane
+        if lane.slices > 1:
+            gone = lane._running is None or lane._running.works is not batch.works
+            if gone or (not failed and batch.last < lane.slices):
+                return False
+            lane._running = None
         for work in batch.works:
             queue = self._inboxes[work.lease]
             queue.popleft()
@@ -270,9 +273,10 @@ class Scheduler:
         batch = lane._running
         if batch is None:
             batch = self._gather(lane, now)
-        batch.first = batch.last
-        batch.last = batch.first + 1 if self.policy.sliced else lane.slices
-        batch.executing = True
+        last = batch.last + 1 if self.policy.sliced else lane.slices
+        batch = replace(batch, first=batch.last, last=last)
+        if lane.slices > 1:
+            lane._running = batch
         return batch
 
     def _gather(self, lane: Lane, now: float) -> Batch:
@@ -292,7 +296,4 @@ class Scheduler:
         for work in works:
             work.started = True
         lane.depth -= size
-        batch = Batch(lane, works, lane.bucket(size), entries[0][:2])
-        if lane.slices > 1:
-            lane._running = batch
-        return batch
+        return Batch(lane, works, lane.bucket(size), entries[0][:2])

@@ -97,11 +97,41 @@ def test_a_sliced_batch_yields_to_an_earlier_deadline() -> None:
     assert other.lane is short
     assert scheduler.done(other, 0.02, 0.01)
     again = batch_of(scheduler.next(0.02))
-    assert again is batch
+    assert again.works is batch.works
     assert (again.first, again.last) == (1, 2)
-    assert scheduler.next(0.02) is None  # nothing of the lane while it executes
     scheduler.done(again, 0.03, 0.01)
     assert scheduler.done(batch_of(scheduler.next(0.03)), 0.04, 0.01)
+    assert scheduler.next(0.05) is None
+
+
+def test_the_next_slice_may_start_before_the_last_is_done() -> None:
+    """What is urgent keeps a device busy that queues two batches: nothing less urgent comes in between."""
+    scheduler = Scheduler()
+    long, other = scheduler.add(lane("long", slices=3)), scheduler.add(lane("other"))
+    scheduler.submit(work(long, "l", 0.05))
+    scheduler.submit(work(other, "o", 0.25))
+    started = [batch_of(scheduler.next(0.0)) for _ in range(3)]
+    assert [(one.first, one.last) for one in started] == [(0, 1), (1, 2), (2, 3)]
+    scheduler.submit(work(long, "next", 0.01))
+    assert batch_of(scheduler.next(0.0)).lane is other  # the lane has nothing to start until its batch is done
+    assert [scheduler.done(one, 0.01, 0.0) for one in started] == [False, False, True]
+    assert batch_of(scheduler.next(0.02)).works[0].lease == "next"
+
+
+def test_slices_behind_a_failed_one_are_forgotten() -> None:
+    scheduler = Scheduler()
+    long = scheduler.add(lane("long", slices=3))
+    scheduler.submit(work(long, "a", 0.1))
+    scheduler.submit(work(long, "a", 0.2))
+    first, second = (batch_of(scheduler.next(0.0)) for _ in range(2))
+    assert scheduler.done(first, 0.0, 0.0, failed=True)
+    assert not scheduler.done(second, 0.0, 0.0, failed=True)
+    following = batch_of(scheduler.next(0.05))
+    assert following.works[0].deadline == 0.2
+    assert not scheduler.done(second, 0.06, 0.0)
+    assert [scheduler.done(one, 0.1, 0.0) for one in (following, *(scheduler.next(0.1) for _ in range(2)))] == [
+        False, False, True,
+    ]  # fmt: skip
 
 
 def test_an_unsliced_policy_runs_all_slices_at_once() -> None:
@@ -220,7 +250,7 @@ def test_a_failed_slice_ends_its_batch() -> None:
     scheduler.submit(work(long, "a", 0.2))
     batch = batch_of(scheduler.next(0.0))
     assert scheduler.done(batch, 0.0, 0.0, failed=True)
-    assert batch_of(scheduler.next(0.05)) is not batch
+    assert batch_of(scheduler.next(0.05)).works is not batch.works
 
 
 @pytest.mark.parametrize("buckets", [(), (4, 4), (8, 4), (0, 4)])
