@@ -15,8 +15,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/.installed-$(EXTRAS): $(BIN)/python pyproject.toml setup.py tests/parity/requirements.txt
+$(VENV)/.installed-$(EXTRAS): $(BIN)/python pyproject.toml setup.py $(wildcard tests/parity/requirements*.txt)
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(if $(findstring parity,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -r tests/parity/requirements-first.txt)
 	$(if $(findstring parity,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -r tests/parity/requirements.txt)
 	touch $@
 
