@@ -310,8 +310,20 @@ def write_speech(writer: BankWriter, pairs: Iterator[tuple[Order, NDArray[np.flo
     return silent
 
 
+def parted(sound: NDArray[np.float32], longest: float = LONGEST_TALK) -> Iterator[NDArray[np.float32]]:
+    """A recording in pieces of at most ``longest`` seconds, parted where the later half of a piece is quietest."""
+    window, most = RATE // 50, int(longest * RATE)
+    while len(sound) > most:
+        later = sound[most // 2 : most]
+        later = later[: len(later) // window * window].reshape(-1, window)
+        place = most // 2 + int(np.square(later).sum(1).argmin()) * window + window // 2
+        yield sound[:place]
+        sound = sound[place:]
+    yield sound
+
+
 def write_recordings(writer: BankWriter, folders: Sequence[Path], role: Role, work: Path, most: float) -> None:
-    """Clips of data folders, in random order, up to ``most`` hours."""
+    """Clips of data folders, in random order, up to ``most`` hours; talk in pieces as long as a turn."""
     shards = open_data(folders, work)
     places = [(shard, index) for shard in shards for index in range(len(shard))]
     random.Random(0).shuffle(places)
@@ -320,13 +332,13 @@ def write_recordings(writer: BankWriter, folders: Sequence[Path], role: Role, wo
         clip = shard.clips[index]
         if seconds > most * 3600:
             break
-        if role == "talk" and not SHORTEST_TALK <= clip.seconds <= LONGEST_TALK:
-            continue
         sound = resample(torch.from_numpy(shard.audio(index).astype(np.float32) / 32768), (3, 2)).numpy()
-        sound = trimmed(sound)
-        if len(sound) > 4 * EDGE:
-            writer.add(sound, role, clip.text, f"{clip.corpus}:{clip.speaker}", licence=clip.licence)
-            seconds += len(sound) / RATE
+        pieces = list(parted(sound)) if role == "talk" else [sound]
+        text = clip.text if len(pieces) == 1 else ""
+        for piece in map(trimmed, pieces):
+            if len(piece) > (SHORTEST_TALK * RATE if role == "talk" else 4 * EDGE):
+                writer.add(piece, role, text, f"{clip.corpus}:{clip.speaker}", licence=clip.licence)
+                seconds += len(piece) / RATE
 
 
 def make(

@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from antiphon.apps.train.bank import EDGE, LOUDNESS, Bank, BankWriter, Order, plan, trimmed, word_times, write_speech
+from antiphon.apps.train.bank import (
+    EDGE,
+    LOUDNESS,
+    Bank,
+    BankWriter,
+    Order,
+    parted,
+    plan,
+    trimmed,
+    word_times,
+    write_speech,
+)
 from antiphon.apps.train.dialogues import END_PAD, FRAME, PAD, Composer, Dialogue, Dialogues, Encode, Sound, Style, lay
 from antiphon.apps.train.domain import AFTER_STOP, UNKNOWN, kept_back, questions
 from antiphon.apps.train.duplex import train_tokenizer
@@ -97,6 +108,16 @@ def test_speech_is_cut_to_its_sound_at_one_loudness() -> None:
     assert abs(len(cut) - (8000 + 2 * EDGE)) <= 480
     assert np.sqrt(np.square(cut[EDGE : EDGE + 8000]).mean()) == pytest.approx(LOUDNESS, rel=0.1)
     assert len(trimmed(np.zeros(RATE, np.float32))) == 0
+
+
+def test_long_recordings_are_parted_in_their_pauses():
+    speech = np.random.default_rng(0).standard_normal(14 * RATE).astype(np.float32)
+    for pause in (5.5, 10.0):
+        speech[int(pause * RATE) : int((pause + 0.1) * RATE)] = 0
+    pieces = list(parted(speech, 7.0))
+    assert np.array_equal(np.concatenate(pieces), speech)
+    assert [round(len(piece) / RATE, 1) for piece in pieces] == [5.5, 4.5, 4.0]
+    assert len(list(parted(speech[: 7 * RATE], 7.0))) == 1
 
 
 def test_words_begin_in_proportion_to_their_sounds() -> None:
