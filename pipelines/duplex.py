@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -206,54 +207,76 @@ async def restart(model: Duplex, lease: Lease, log: TokenLog) -> None:
         await lease.switch(1)
 
 
+class Utterance(NamedTuple):
+    """What was said so far without a pause, and whether that is all of it.
+
+    began: frame of its first token. words: each with its first frame and the one after its last.
+    """
+
+    text: str
+    began: int
+    final: bool
+    words: tuple[tuple[str, int, int], ...]
+
+
 @dataclass
 class Monologue:
     """A session's text tokens as text, utterance by utterance.
 
-    pause: frames of padding that end one; longest: characters that end one at the next word.
+    pause: frames of padding that end one; longest: characters that end one at the next word. split: whether padding
+    ends a word, whatever follows.
     """
 
     tokenizer: Tokenizer
     padding: tuple[int, ...]
     pause: int = 12
     longest: int = 400
+    split: bool = False
 
-    text: str = ""
-    began: int = 0  # frame of the utterance's first token
-    words: list[tuple[str, int, int]] = field(default_factory=list)  # of it, with their first frame and the one after
-    _silent: int = 0
+    silent: int = 0  # frames since the last token of text
+    _text: str = ""
+    _began: int = 0
+    _words: list[tuple[str, int, int]] = field(default_factory=list)
     _frame: int = 0
     _bytes: bytes = b""
 
-    def add(self, token: int) -> tuple[str, int, bool] | None:
-        """The next frame's token: the utterance so far, its first frame and whether it has ended; None for no news."""
+    def add(self, token: int) -> Utterance | None:
+        """The next frame's token: the utterance so far, or the one that it ends; None for no news."""
         frame = self._frame
         self._frame += 1
         if token in self.padding or not 0 <= token < len(self.tokenizer.pieces):
-            self._silent += 1
-            return self.end() if self._silent == self.pause else None
-        self._silent = 0
+            self.silent += 1
+            return self.end() if self.silent == self.pause else None
+        parted, self.silent = self.split and self.silent > 0, 0
         piece = self.tokenizer.pieces[token]
-        told = None
-        if len(self.text) >= self.longest and piece.startswith(WORD_START):
-            told = self.end()
-        if not self.text:
-            self.began, self.words = frame, []
+        ended = None
+        if len(self._text) >= self.longest and piece.startswith(WORD_START):
+            ended = self.end()
+        if not self._text:
+            self._began, self._words = frame, []
         fresh = self._decoded(piece)
         if not fresh:
-            return told
-        self.text += fresh
-        if fresh[0] == " " or not self.words:
-            self.words.append((fresh.strip(), frame, frame + 1))
+            return ended
+        if parted and self._text and fresh[0] != " ":
+            fresh = f" {fresh}"
+        self._text += fresh
+        if fresh[0] == " " or not self._words:
+            self._words.append((fresh.strip(), frame, frame + 1))
         else:
-            word, first, _ = self.words[-1]
-            self.words[-1] = (word + fresh, first, frame + 1)
-        return told or (self.text, self.began, False)
+            word, first, _ = self._words[-1]
+            self._words[-1] = (word + fresh, first, frame + 1)
+        return ended or self.open
 
-    def end(self) -> tuple[str, int, bool] | None:
+    @property
+    def open(self) -> Utterance | None:
+        """The utterance so far; None where nothing was said."""
+        return Utterance(self._text, self._began, False, tuple(self._words)) if self._text else None
+
+    def end(self) -> Utterance | None:
         """The utterance, ended; None where nothing was said."""
-        text, self.text, self._bytes = self.text, "", b""
-        return (text, self.began, True) if text else None
+        said = self.open
+        self._text, self._bytes = "", b""
+        return None if said is None else said._replace(final=True)
 
     def _decoded(self, piece: str) -> str:
         """A piece as text; a character that comes in several bytes when its last byte is there."""

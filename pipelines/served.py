@@ -1,7 +1,8 @@
 """The graphs that a server offers by name. Each is made for one session, from the options its client gave.
 
 Inlets: ``audio`` and ``control``, and ``video`` where the graph looks. Outputs: ``captions`` (what the client said),
-``turns.events``; a graph that replies has ``<stage>.audio`` and the text of the reply besides.
+``turns.events`` (``dictate`` tells of pauses among its captions); a graph that replies has ``<stage>.audio`` and the
+text of the reply besides.
 """
 
 from __future__ import annotations
@@ -76,7 +77,18 @@ def dictate(options: Mapping[str, Any]) -> Graph:
     endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
     if endpoint <= 0:
         raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
-    return Inlet().named("audio") >> Dictate(endpoint=endpoint / 1000).named("captions")
+    return _written(Dictate(endpoint=endpoint / 1000))
+
+
+def listening(graph: Graph) -> Graph:
+    """What hears of a served graph, alone: ``captions`` by the same recogniser, with ``control``; every frame's event
+    ``step`` too where the recogniser tells of them (see ``Dictate``). Raises ValueError where nothing hears words."""
+    for node in graph.nodes:
+        if isinstance(node, Dictate):
+            return _written(Dictate(model=node.model, endpoint=node.endpoint, steps=True))
+        if isinstance(node, Transcribe):
+            return _written(node)
+    raise ValueError("the graph served here writes down nothing that it hears")
 
 
 def speaking(options: Mapping[str, Any]) -> Graph:
@@ -138,6 +150,11 @@ def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
         | (control >> turns["control"])
     )
     return graph, asr, turns, control
+
+
+def _written(asr: Dictate | Transcribe) -> Graph:
+    captions = asr.named("captions")
+    return (Inlet().named("audio") >> captions["audio"]) | (Inlet().named("control") >> captions["control"])
 
 
 def _check(options: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -49,6 +49,7 @@ class Transcription:
         self._captioner = Captioner(recognizer.vocabulary, endpoint=endpoint, longest=longest)
         self._begin = 0  # of the stretch under way, in samples since the first
         self._frames = 0.0  # encoder frames since the first sample
+        self.reached = 0.0  # seconds of audio whose words were taken
 
     def push(self, pcm: NDArray[np.float32]) -> list[Block]:
         """Mono float32 samples at 16 kHz -> the blocks they complete."""
@@ -66,8 +67,8 @@ class Transcription:
         """The captions that a step's outputs change."""
         tokens, open_tokens = self._tokens(outputs, ""), self._tokens(outputs, "open_")
         self._frames += int(outputs["frames"])
-        at = (self._begin + block.heard) / SAMPLE_RATE
-        return self._captioner.add(tokens, self._frames, at, open_tokens)
+        self.reached = (self._begin + block.heard) / SAMPLE_RATE
+        return self._captioner.add(tokens, self._frames, self.reached, open_tokens)
 
     def _tokens(self, outputs: Mapping[str, torch.Tensor], kind: str) -> list[tuple[int, float]]:
         """Tokens and the frames they were heard in, from the first sample; ``kind`` "open_": those not final."""
@@ -79,6 +80,7 @@ class Transcription:
 
     def finish(self) -> Iterator[Caption]:
         """The last caption, after the outputs of ``flush`` were taken."""
+        self.reached = self.seconds
         return self._captioner.finish(self.seconds)
 
     def restart(self) -> None:

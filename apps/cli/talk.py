@@ -26,7 +26,7 @@ from ...models.files import CheckpointError
 from ...models.moshi.sampling import Sampling
 from ...pipelines import duplex
 from ...pipelines.chunk import Audio, Text
-from ...pipelines.duplex import Duplex, Monologue
+from ...pipelines.duplex import Duplex, Monologue, Utterance
 from ...pipelines.edge import Link
 from ...pipelines.engine import Engine, EngineError
 from ...pipelines.graph import Graph
@@ -172,10 +172,10 @@ def _frames(file: str, model: Duplex, seconds: float | None) -> Iterator[Samples
         yield np.pad(piece, (0, model.frame - len(piece)))
 
 
-def _print(news: tuple[str, int, bool] | None) -> None:
+def _print(said: Utterance | None) -> None:
     """An utterance, once it has ended."""
-    if news is not None and news[2]:
-        print(news[0].strip())
+    if said is not None and said.final:
+        print(said.text.strip())
 
 
 # ------------------------------------------------------------------------------------------------ at the microphone

@@ -12,7 +12,7 @@ import numpy as np
 from ...codecs.resample import Resampler
 from ...models.moshi.sampling import Sampling
 from ..chunk import Audio, Chunk, Event, Stale, Text
-from ..duplex import Duplex, Monologue, TokenLog, restart
+from ..duplex import Duplex, Monologue, TokenLog, Utterance, restart
 from ..stage import Context, Input, Stage, select, stage
 
 Out = tuple[str, Chunk]
@@ -162,8 +162,7 @@ class _Said:
         """What had not ended."""
         return self._told(self._text.end())
 
-    def _told(self, news: tuple[str, int, bool] | None) -> Iterator[Text]:
-        if news is not None:
-            text, frame, final = news
-            start = frame * self._frame
-            yield Text(text=text, rate=self._rate, start=start, duration=self.samples - start, final=final)
+    def _told(self, said: Utterance | None) -> Iterator[Text]:
+        if said is not None:
+            start = said.began * self._frame
+            yield Text(text=said.text, rate=self._rate, start=start, duration=self.samples - start, final=said.final)

@@ -172,6 +172,8 @@ class Captions:
         self._open: Text | None = None
 
     def add(self, chunk: Chunk) -> None:
+        if isinstance(chunk, Event):
+            return
         if not isinstance(chunk, Text):
             raise TypeError(f"the input 'text' of parrot does not take {chunk}")
         self._open = None if chunk.final else chunk

@@ -10,6 +10,7 @@ from ...codecs.resample import Resampler
 from ..captions import Caption, Final, Partial
 from ..chunk import Audio, Chunk, Event, Text
 from ..engine import Lease
+from ..marks import Marks
 from ..recognizer import SAMPLE_RATE
 from ..stage import Context, Input, Stage, select, stage
 from ..transcription import Transcription
@@ -21,7 +22,8 @@ class Transcribe(Stage):
 
     Inputs: ``audio``; optionally ``control``, events: ``commit`` and ``clear`` end what is being said, when the sound
     from before them has been heard. Each is answered at once by a final caption that reaches to it, empty where no word
-    was open; the model then hears what follows as it does the first sound.
+    was open; the model then hears what follows as it does the first sound. ``mark`` comes out again among the captions
+    when the words from before it are there.
 
     model: the recogniser's name in the engine. lookahead: milliseconds, one of the model's (None: its default).
     language: for models with a language prompt. endpoint: seconds without a word that end a caption.
@@ -46,11 +48,13 @@ class Transcribe(Stage):
         lease = await ctx.open(self.model, variant=session.variant)
         resampler: Resampler | None = None
         heard, waiting = 0.0, deque[Event]()  # ends, after sound that is still on its way
+        marks = Marks()
         while ready := await select(control, audio):
             chunk = ready.get_nowait()
             if ready is control and isinstance(chunk, Event):
                 if chunk.name in ("commit", "clear"):
                     waiting.append(chunk)
+                marks.add(chunk)
             elif ready is audio and isinstance(chunk, Audio):
                 if resampler is None:
                     resampler = Resampler(chunk.rate, SAMPLE_RATE)
@@ -62,6 +66,8 @@ class Transcribe(Stage):
                 for block in session.push(resampler.push(chunk.samples)):
                     for text in texts(session.take(await lease.step(session.inputs(block)), block)):
                         yield text
+                    for mark in marks.passed(session.reached):
+                        yield mark
             elif chunk is not None:
                 raise TypeError(f"the input {ready.name!r} of transcribe does not take {chunk}")
             while waiting and (audio.ended or waiting[0].start_seconds <= heard):
@@ -70,8 +76,12 @@ class Transcribe(Stage):
                 lease.reset()
                 session.restart()
                 resampler = None if resampler is None else Resampler(resampler.source_rate, SAMPLE_RATE)
+            for mark in marks.passed(session.reached):
+                yield mark
         for text in await _rest(session, lease, resampler):
             yield text
+        for mark in marks.passed():
+            yield mark
 
 
 async def _rest(session: Transcription, lease: Lease, resampler: Resampler | None) -> list[Text]:

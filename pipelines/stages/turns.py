@@ -68,8 +68,9 @@ class Turns(Stage):
             chunk = ready.get_nowait()
             if ready is control and isinstance(chunk, Event):
                 waiting.append(chunk)
-            elif ready is text and isinstance(chunk, Text):
-                taker.text(round(chunk.end_seconds * RATE), final=chunk.final)
+            elif ready is text and isinstance(chunk, Text | Event):
+                if isinstance(chunk, Text):
+                    taker.text(round(chunk.end_seconds * RATE), final=chunk.final)
             elif ready is audio and isinstance(chunk, Audio):
                 for window in windows.push(chunk):
                     if taker.settings.mode == "manual":

@@ -14,10 +14,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_duplex import tiny_duplex
 
-from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.chunk import Audio, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.duplex import Duplex
 from antiphon.pipelines.engine import Engine
+from antiphon.pipelines.marks import MOST, Marks
 from antiphon.pipelines.stage import Inlet
 from antiphon.pipelines.stages.converse import Converse
 from antiphon.pipelines.stages.dictate import Dictate
@@ -55,8 +56,7 @@ def dictate(model: Duplex, seconds: float, rate: int = RATE, **options: Any) -> 
 
                 async def read() -> None:
                     async for chunk in session.outputs():
-                        assert isinstance(chunk, Text)
-                        made.append(chunk)
+                        made.append(chunk)  # type: ignore[arg-type]
 
                 reading = asyncio.create_task(read())
                 for start in range(0, round(seconds * rate), rate // 10):
@@ -127,3 +127,83 @@ def test_each_stage_has_its_kind_of_model() -> None:
         run_virtual(main())
     with pytest.raises(ValueError, match="endpoint=0"):
         Dictate(endpoint=0)
+
+
+class Pausing(Scripted):
+    """Besides, its third classifier holds it likely that nothing will be said, except at the steps given."""
+
+    talking: tuple[int, ...] = ()
+
+    def step(self, inputs: Any, state: Any, slots: Any, active: Any) -> Any:
+        step = state["temporal.seen"].index_select(0, slots)
+        made = super().step(inputs, state, slots, active)
+        heads = torch.tensor([0.8, 0.04, 0.04, 0.04, 0.04, 0.04]).repeat(len(step), 4, 1)
+        heads[torch.isin(step, torch.tensor(self.talking)), 2, 0] = 0.3
+        return made | {"heads": heads}
+
+
+def test_a_pause_is_told_once_after_words_and_every_frame_where_asked() -> None:
+    model = tiny_duplex(**SPEECH_TO_TEXT)
+    letters = [index for index, text in enumerate(model.tokenizer.pieces) if len(text) == 1 and text != "▁"]
+    # The text of a word that goes on after padding is a word of its own.
+    model.__class__, model.script = Pausing, (*[3] * 10, *letters[:2], 3, letters[2], *[3] * 9, letters[3])
+    model.talking = (10, 11, 12, 13, 14)  # type: ignore[attr-defined]
+    told: list[Any] = list(dictate(model, 2.0, endpoint=0.4, steps=True))
+    steps = [event for event in told if isinstance(event, Event) and event.name == "step"]
+    assert [event.data["step"] for event in steps] == list(range(1, len(steps) + 1))
+    assert [event.start for event in steps[:25]] == [FRAME * number for number in range(1, 26)]
+    assert steps[7].data["pauses"] == pytest.approx([0.8, 0.8, 0.3, 0.8])  # 3 frames of lead come before
+    pauses = [event for event in told if isinstance(event, Event) and event.name == "pause"]
+    texts = [text for text in told if isinstance(text, Text)]
+    names = [model.tokenizer.pieces[index] for index in letters[:4]]
+    assert [text.text for text in texts if text.final] == [f"{names[0]}{names[1]} {names[2]}", names[3]]
+    assert [event.start_seconds for event in pauses] == [
+        pytest.approx(text.words[-1].end) for text in texts if text.final
+    ]
+    assert pauses[0].data["pauses"] == pytest.approx([0.8] * 4)
+    assert told[told.index(pauses[0]) + 1] == steps[12]  # its frame
+    # A word is settled as soon as padding follows.
+    first = next(text for text in texts if text.settled == 1)
+    assert [word.text for word in first.settled_words] == [names[0] + names[1]]
+    assert told[told.index(first) + 1] == steps[9]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0])
+def test_a_mark_comes_out_when_all_before_it_is_written(seconds: float) -> None:
+    model = tiny_duplex(**SPEECH_TO_TEXT)
+
+    async def main() -> list[Any]:
+        with Engine(inline=True, clock=VirtualClock()) as models:
+            models.add("dictate", model, slots=4)
+            dictate = Dictate(steps=True)
+            graph = (Inlet().named("audio") >> dictate) | (Inlet().named("control") >> dictate["control"])
+            async with graph.session(engine=models) as session:
+                for at in (seconds, 20 * 0.08):
+                    start = round(at * 16000)
+                    await session.send(Event(name="mark", data={"at": at}, rate=16000, start=start), "control")
+                await session.send(Event(name="commit", rate=16000, start=start), "control")
+                await session.clock.sleep(0.1)
+                silence = np.zeros(FRAME, np.float32)
+                for start in range(0, 20 * FRAME, FRAME):
+                    await session.send(Audio(samples=silence, rate=RATE, start=start), "audio")
+                await session.clock.sleep(0.5)
+                session.finish()
+                return [chunk async for chunk in session.outputs() if isinstance(chunk, Event)]
+
+    told = run_virtual(main())
+    marks = [index for index, event in enumerate(told) if event.name == "mark"]
+    assert [told[index].data["at"] for index in marks] == [seconds, 20 * 0.08]
+    first = told[marks[0] - 1]
+    assert first.start_seconds >= seconds + 0.4
+    assert first.start_seconds < seconds + 0.4 + 0.08
+    assert told[marks[1] - 1].start_seconds == pytest.approx(2.0, abs=0.08)
+
+
+def test_marks_are_bounded() -> None:
+    marks = Marks()
+    for _ in range(MOST):
+        marks.add(Event(name="mark", rate=16000))
+    with pytest.raises(ValueError, match="marks wait for sound"):
+        marks.add(Event(name="mark", rate=16000))
+    marks.add(Event(name="commit", rate=16000))
+    assert len(list(marks.passed(0.0))) == MOST

@@ -276,7 +276,18 @@ def test_a_long_session_may_start_over_from_its_last_codes() -> None:
 def test_a_monologue_ends_after_a_pause(tokens: list[int], expected: list[str]) -> None:
     said = Monologue(Tokenizer(Source("tokenizer.model", tokenizer_bytes())), (3, 0), pause=2)
     told = [news for token in tokens if (news := said.add(token))]
-    assert [text + "!" * final for text, _, final in told] == expected
+    assert [news.text + "!" * news.final for news in told] == expected
+
+
+def test_an_utterance_that_is_long_enough_ends_with_its_own_words() -> None:
+    tokenizer = Tokenizer(Source("tokenizer.model", tokenizer_bytes()))
+    said = Monologue(tokenizer, (3, 0), longest=1)
+    start, letter = tokenizer.pieces.index("▁"), tokenizer.pieces.index("o")
+    news = [said.add(token) for token in (letter, letter, start, letter)]
+    assert [one and one.words for one in news] == [
+        (("o", 0, 1),), (("oo", 0, 2),), (("oo", 0, 2),), (("o", 2, 4),),
+    ]  # fmt: skip
+    assert [one.final for one in news if one is not None] == [False, False, True, False]
 
 
 class _Bytes:
@@ -285,7 +296,7 @@ class _Bytes:
 
 def test_a_character_of_several_bytes_comes_whole() -> None:
     said = Monologue(_Bytes(), (9,))  # type: ignore[arg-type]
-    assert [news and news[0] for news in map(said.add, (0, 1, 2, 3, 4))] == [None, None, "€", "€ a", "€ a\ufffd"]
+    assert [news and news.text for news in map(said.add, (0, 1, 2, 3, 4))] == [None, None, "€", "€ a", "€ a\ufffd"]
 
 
 @pytest.mark.slow

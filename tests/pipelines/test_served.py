@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from antiphon.pipelines.graph import Graph
-from antiphon.pipelines.served import GRAPHS, captions, converse, dictate
+from antiphon.pipelines.served import GRAPHS, captions, converse, dictate, listening
 from antiphon.pipelines.stages.converse import Converse
 from antiphon.pipelines.stages.dictate import Dictate
 from antiphon.pipelines.stages.transcribe import Transcribe
@@ -28,7 +28,7 @@ def stage_of(graph: Graph, kind: type) -> object:
             {"captions.out", "turns.events", "respond.events", "speak.audio", "reply.out"},
         ),
         ("converse", {"audio", "control"}, {"converse.audio", "converse.said"}),
-        ("dictate", {"audio"}, {"captions.out"}),
+        ("dictate", {"audio", "control"}, {"captions.out"}),
     ],
 )
 def test_inlets_and_outputs(name: str, inlets: set[str], outputs: set[str]) -> None:
@@ -70,6 +70,22 @@ def test_dictation_has_one_option() -> None:
         dictate({"endpoint_ms": -1})
     with pytest.raises(ValueError, match="no option 'language'"):
         dictate({"language": "fr"})
+
+
+def test_what_hears_of_a_graph_stands_alone() -> None:
+    for name in ("captions", "parrot", "scenes", "talk"):
+        served = GRAPHS[name]({"lookahead_ms": 80})
+        graph = listening(served)
+        graph.validate()
+        asr, copy = stage_of(served, Transcribe), stage_of(graph, Transcribe)
+        assert isinstance(asr, Transcribe)
+        assert isinstance(copy, Transcribe)
+        assert (copy.lookahead, copy.endpoint, len(graph.nodes)) == (80.0, asr.endpoint, 3)
+    writer = stage_of(listening(dictate({"endpoint_ms": 250})), Dictate)
+    assert isinstance(writer, Dictate)
+    assert (writer.endpoint, writer.steps) == (0.25, True)
+    with pytest.raises(ValueError, match="writes down nothing"):
+        listening(converse({}))
 
 
 def test_a_conversation_has_options_of_its_own() -> None:
