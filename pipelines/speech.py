@@ -17,6 +17,7 @@ from ..codecs.hift import HiFT
 from ..models.cosyvoice.flow_stream import StreamingFlow
 from ..models.cosyvoice.flow_voices import FlowVoice
 from ..models.cosyvoice.lm import SpeechLM
+from ..models.cosyvoice.lm_config import Burst
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.voice import Voice
 from ..models.streaming import Specs, State, StreamingModel
@@ -64,7 +65,7 @@ class Reader(StreamingModel):
         self.voices: dict[str, Registered] = {}
 
     @property
-    def variants(self) -> tuple[int, ...]:
+    def variants(self) -> tuple[int | Burst, ...]:
         return self.lm.variants
 
     def tick(self, variant: Hashable) -> float:
@@ -86,6 +87,14 @@ class Reader(StreamingModel):
     def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """See ``SpeechLM``."""
         return self.lm.step(inputs, state, slots, active)
+
+    def slices(self, variant: Hashable) -> int:
+        """See ``SpeechLM``."""
+        return self.lm.slices(variant)
+
+    def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """See ``SpeechLM``."""
+        return self.lm.step_slice(index, inputs, state, slots, active)
 
     def voice(self, name: str | None) -> Registered:
         """A registered voice; None for the first. Raises ValueError."""

@@ -31,7 +31,7 @@ from ..models.cosyvoice.flow import FlowMatching
 from ..models.cosyvoice.flow_config import FlowConfig, FlowLimits
 from ..models.cosyvoice.flow_stream import StreamingFlow
 from ..models.cosyvoice.lm import SpeechLM
-from ..models.cosyvoice.lm_config import LMConfig
+from ..models.cosyvoice.lm_config import BURSTS, LMConfig
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.tokenizer import TextTokenizer
 from ..models.cosyvoice.voice import Voice
@@ -121,7 +121,8 @@ def save(
     networks: dict[str, torch.nn.Module] = {"lm": lm, "flow": flow, "vocoder": vocoder}
     sizes = {part: dataclasses.asdict(config) for part, config in
              (("lm", lm.config), ("flow", flow.config), ("vocoder", vocoder.config))}  # fmt: skip
-    sizes["lm"].pop("kept")
+    for name in ("kept", "bursts"):  # the device's matter
+        sizes["lm"].pop(name)
     config = {"kind": KIND, **(settings or {}), **sizes}
     weights = {
         f"{part}.{key}": value.detach().contiguous()
@@ -139,7 +140,9 @@ def _own(folder: Path, device: torch.device | str, dtype: torch.dtype | None, li
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with reading(folder / "config.json"):
-        lm, flow = SpeechLM(_made(LMConfig, config["lm"])), FlowMatching(_made(FlowConfig, config["flow"]))
+        bursts = BURSTS if torch.device(device).type == "cuda" else ()
+        lm = SpeechLM(dataclasses.replace(_made(LMConfig, config["lm"]), bursts=bursts))
+        flow = FlowMatching(_made(FlowConfig, config["flow"]))
         vocoder = HiFT(_made(HiFTConfig, config["vocoder"]))
         sampling = _made(Sampling, config.get("sampling", {}))
         if hops := config.get("hops"):

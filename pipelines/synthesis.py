@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ class Step:
     """What a part is to do next. fresh: on a state that was reset."""
 
     part: Part
-    variant: int
+    variant: Hashable
     inputs: Mapping[str, Any]
     fresh: bool
     passage: _Passage
@@ -241,11 +241,14 @@ class Synthesis:
         self._flying.discard(step.part)
         passage = step.passage
         if step.part == "lm":
-            token = passage.stream.take(int(outputs["token"]))
-            if token is not None:
-                passage.tokens += 1
-                self._lead += 1
-                passage.waiting += passage.hops.push([token])
+            stream = passage.stream
+            drawn = outputs["drawn"].tolist() if "drawn" in outputs else [int(outputs["token"])]
+            tokens = stream.take_all(drawn)
+            if self._room is not None:
+                tokens = tokens[: self._room - passage.tokens]
+            passage.tokens += len(tokens)
+            self._lead += len(tokens)
+            passage.waiting += passage.hops.push(tokens)
             if passage.tokens == self._room:
                 self.cut += 1
                 self._written(passage)
@@ -274,9 +277,9 @@ class Synthesis:
     def _passage(self, part: Part) -> _Passage | None:
         return self._passages[self._at[part]] if self._at[part] < len(self._passages) else None
 
-    def _write(self) -> tuple[_Passage | None, tuple[int, Mapping[str, Any], None] | None]:
+    def _write(self) -> tuple[_Passage | None, tuple[Hashable, Mapping[str, Any], None] | None]:
         while (passage := self._passage("lm")) is not None and self._lead < LEAD:
-            feed = passage.stream.feed()
+            feed = passage.stream.feed(max(1, passage.hops.wanted))
             if feed is not None:
                 return passage, (feed.variant, feed.inputs, None)
             if passage.stream.end is None:
@@ -293,7 +296,7 @@ class Synthesis:
             self._open = None
         self._at["lm"] += 1
 
-    def _draw(self) -> tuple[_Passage | None, tuple[int, Mapping[str, Any], Hop] | None]:
+    def _draw(self) -> tuple[_Passage | None, tuple[Hashable, Mapping[str, Any], Hop] | None]:
         while (passage := self._passage("flow")) is not None:
             if passage.waiting:
                 hop = passage.waiting.popleft()
@@ -318,7 +321,7 @@ class Synthesis:
             passage.blocks.append(_Block(block, end, final and not len(mel)))
         passage.frames = [mel]
 
-    def _sound(self) -> tuple[_Passage | None, tuple[int, Mapping[str, Any], _Block] | None]:
+    def _sound(self) -> tuple[_Passage | None, tuple[Hashable, Mapping[str, Any], _Block] | None]:
         while (passage := self._passage("vocoder")) is not None:
             if passage.blocks:
                 block = passage.blocks.popleft()

@@ -18,7 +18,7 @@ from ..files import CheckpointError, read_json, reading
 from . import flow_checkpoint, lm_checkpoint
 from .flow import FlowMatching
 from .lm import SpeechLM
-from .lm_config import LMConfig
+from .lm_config import BURSTS, LMConfig
 from .tokenizer import TextTokenizer
 
 DEFAULT = "FunAudioLLM/CosyVoice2-0.5B"
@@ -122,6 +122,8 @@ def load(
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     tokenizer = TextTokenizer(files.text)
     config = files.lm_config(capacity=capacity, kept=kept)
+    if torch.device(device).type == "cuda":
+        config = dataclasses.replace(config, bursts=BURSTS)
     if len(tokenizer) > config.text:
         raise CheckpointError(f"{files.text}: {len(tokenizer)} tokens, but the language model reads {config.text}")
     lm = lm_checkpoint.load(files.lm, config).to(device, dtype)

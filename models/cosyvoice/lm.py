@@ -1,7 +1,8 @@
 """CosyVoice 2's text-speech language model as one step: tokens in, the next speech token out (arXiv 2412.10117, 2.2).
 
 The backbone reads one sequence of text and speech, all looked up in one table; the head knows speech only. A step reads
-a token, or several where text or a prompt comes in, and draws what follows the last of them. What to read next is
+a token, or several where text or a prompt comes in, and draws what follows the last of them. A burst goes on from
+there: it reads what it drew and draws again, a slice of the step for each token, without the host. What to read next is
 :mod:`.stream`'s business.
 """
 
@@ -18,12 +19,12 @@ from ..layers.norm import RMSNorm
 from ..layers.packing import pack
 from ..layers.transformer import Transformer
 from ..streaming import Specs, State, StreamingModel, TensorSpec
-from .lm_config import TOKEN_SECONDS, LMConfig
+from .lm_config import TOKEN_SECONDS, Burst, LMConfig
 from .sampling import HISTORY, NONE, draw
 
 
 class SpeechLM(StreamingModel):
-    """The language model over slots. A variant is how many tokens a step has room for."""
+    """The language model over slots. A variant is how many tokens a step has room for, or a ``Burst``."""
 
     def __init__(self, config: LMConfig | None = None) -> None:
         super().__init__()
@@ -35,27 +36,40 @@ class SpeechLM(StreamingModel):
         self.head = Linear(config.width, config.classes)
 
     @property
-    def variants(self) -> tuple[int, ...]:
-        return self.config.lengths
+    def variants(self) -> tuple[int | Burst, ...]:
+        return self.config.variants
 
     def tick(self, variant: Hashable) -> float:
-        """A step makes one token at most."""
-        return TOKEN_SECONDS
+        """At most; a step that reads makes one token."""
+        return TOKEN_SECONDS * self.slices(variant)
+
+    def slices(self, variant: Hashable) -> int:
+        """The draws of a burst."""
+        return variant.tokens if isinstance(variant, Burst) else 1
 
     def prepare(self) -> None:
         self.eval()
         pack(self)
 
     def state_spec(self) -> Specs:
-        return self.transformer.state_spec("lm")
+        """``lm.drawn`` lives from slice to slice of a burst."""
+        spec = self.transformer.state_spec("lm")
+        if not self.config.bursts:
+            return spec
+        return {**spec, "lm.drawn": TensorSpec((HISTORY + max(self.config.bursts),), torch.int64, NONE)}
 
     def input_spec(self, variant: Hashable) -> Specs:
-        if not isinstance(variant, int):
-            raise TypeError(f"a variant of the language model is the tokens of a step, got {variant!r}")
+        if isinstance(variant, Burst):
+            special = TensorSpec((variant.tokens,), torch.int64, NONE)
+            reads = {"token": TensorSpec((), torch.int64), "draws": TensorSpec((), torch.int64, 1)}
+        elif isinstance(variant, int):
+            special = TensorSpec((), torch.int64, NONE)
+            reads = {"tokens": TensorSpec((variant,), torch.int64), "count": TensorSpec((), torch.int64, 1)}
+        else:
+            raise TypeError(f"a variant of the language model is the tokens of a step or a Burst, got {variant!r}")
         return {
-            "tokens": TensorSpec((variant,), torch.int64),
-            "count": TensorSpec((), torch.int64, 1),
-            "special": TensorSpec((), torch.int64, NONE),
+            **reads,
+            "special": special,
             "recent": TensorSpec((HISTORY,), torch.int64, NONE),
             "temperature": TensorSpec(()),
             "top_p": TensorSpec((), reset=1.0),
@@ -68,8 +82,12 @@ class SpeechLM(StreamingModel):
     def probe_inputs(self, variant: Hashable, rows: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random tokens, drawn from at random, for finding batch sizes that give equal bits."""
         inputs = {name: spec.new(rows) for name, spec in self.input_spec(variant).items()}
-        inputs["tokens"].random_(0, self.config.vocabulary, generator=generator)
-        inputs["count"].fill_(inputs["tokens"].shape[1])
+        if isinstance(variant, Burst):
+            inputs["token"].random_(0, self.config.speech, generator=generator)
+            inputs["draws"].fill_(variant.tokens)
+        else:
+            inputs["tokens"].random_(0, self.config.vocabulary, generator=generator)
+            inputs["count"].fill_(inputs["tokens"].shape[1])
         inputs["temperature"].fill_(1.0)
         inputs["top_k"].fill_(25)
         return inputs
@@ -88,9 +106,50 @@ class SpeechLM(StreamingModel):
         Returns ``token [B]``, drawn for the place after the last one read. It follows from the seed and the position,
         so reading the same in other portions draws the same. A session that reads past ``capacity`` loses its oldest
         positions: ``TextStream`` ends before.
+
+        A burst's inputs: ``token [B]``, of speech; ``draws [B]``, how many are wanted; ``special [B, n]`` of each draw;
+        the others as above. It returns ``drawn [B, n]``: what as many steps of one token would have drawn, -1 behind
+        the first that is not speech.
         """
-        target = torch.where(active, slots, state["lm.seen"].shape[0] - 1)
-        tokens, count = inputs["tokens"], inputs["count"]
+        if "draws" not in inputs:
+            target = torch.where(active, slots, state["lm.seen"].shape[0] - 1)
+            read = (inputs["tokens"], inputs["count"])
+            return {"token": self._draw(*read, inputs["special"], inputs["recent"], inputs, state, slots, target)}
+        outputs: dict[str, Tensor] = {}
+        for index in range(inputs["special"].shape[1]):
+            outputs = self.step_slice(index, inputs, state, slots, active)
+        return outputs
+
+    @torch.no_grad()
+    def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """Draw number ``index`` of a burst; the last returns what ``step`` does."""
+        scratch, length = state["lm.seen"].shape[0] - 1, inputs["special"].shape[1]
+        window = state["lm.drawn"].index_select(0, slots)
+        if index == 0:
+            window.fill_(NONE)
+            window[:, :HISTORY] = inputs["recent"]
+        token = inputs["token"] if index == 0 else window[:, HISTORY + index - 1]
+        going = active & (inputs["draws"] > index) & (token >= 0) & (token < self.config.speech)
+        count = torch.ones_like(token)
+        special, recent = inputs["special"][:, index], window[:, index : index + HISTORY]
+        target = torch.where(going, slots, scratch)
+        drawn = self._draw(token.clamp(min=0)[:, None], count, special, recent, inputs, state, slots, target)
+        window[:, HISTORY + index] = torch.where(going, drawn, NONE)
+        state["lm.drawn"].index_copy_(0, torch.where(active, slots, scratch), window)
+        return {"drawn": window[:, HISTORY : HISTORY + length].clone()} if index == length - 1 else {}
+
+    def _draw(
+        self,
+        tokens: Tensor,
+        count: Tensor,
+        special: Tensor,
+        recent: Tensor,
+        inputs: State,
+        state: State,
+        slots: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        """Read the first ``count`` of ``tokens``, and draw."""
         seen = state["lm.seen"].index_select(0, slots)
         x = self.transformer.step("lm", self.embedding(tokens), state, slots, target, count)
         last = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
@@ -98,7 +157,7 @@ class SpeechLM(StreamingModel):
         if logits.dtype.itemsize < 4:
             logits = logits.float()
         extra = torch.arange(self.config.speech, self.config.classes, device=logits.device)
-        logits[:, self.config.speech :].masked_fill_(extra != inputs["special"][:, None], -math.inf)
+        logits[:, self.config.speech :].masked_fill_(extra != special[:, None], -math.inf)
         names = ("temperature", "top_p", "top_k", "window", "repeats")
         chosen = {name: inputs[name] for name in names}
-        return {"token": draw(logits, inputs["recent"], inputs["seed"], seen + count, **chosen)}
+        return draw(logits, recent, inputs["seed"], seen + count, **chosen)

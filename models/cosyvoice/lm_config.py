@@ -14,6 +14,14 @@ from ..layers.transformer import TransformerConfig
 TOKEN_SECONDS = 0.04
 SPECIALS = 3  # rows beyond the speech tokens: end, one that is not used, fill
 STARTS = 2  # start of sequence, start of speech
+BURSTS = (9, 25)  # for a GPU: three bring the first hop of 25 tokens and its lookahead, one each later 25
+
+
+@dataclass(frozen=True)
+class Burst:
+    """A variant: a step that reads the token drawn last and draws up to ``tokens``, reading each before the next."""
+
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class LMConfig:
     capacity: positions that a session can hold: prompt, text and speech. prefill: lengths of the steps that read
     more than one token. kept: dtype of cached keys and values, None for the weights'. mix: tokens of text and of speech
     in a block, where text arrives while it is spoken. extent: fewest and most speech tokens for a token of text.
-    passage: text tokens that are spoken at a time, at most.
+    passage: text tokens that are spoken at a time, at most. bursts: lengths of the steps that draw more than one token,
+    which spare a device's host most of its work.
     """
 
     text: int = 151936
@@ -44,6 +53,7 @@ class LMConfig:
     mix: tuple[int, int] = (5, 15)
     extent: tuple[float, float] = (2.0, 20.0)
     passage: int = 100
+    bursts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -66,14 +76,21 @@ class LMConfig:
             )
         if list(self.prefill) != sorted(set(self.prefill)) or (self.prefill and self.prefill[0] < 2):
             raise ValueError(f"prefill must be rising lengths of at least 2, got {self.prefill}")
+        if list(self.bursts) != sorted(set(self.bursts)) or (self.bursts and self.bursts[0] < 2):
+            raise ValueError(f"bursts must be rising lengths of at least 2, got {self.bursts}")
         if self.capacity < max(self.lengths):
             raise ValueError(f"capacity {self.capacity} is below the longest step, of {max(self.lengths)} tokens")
         _ = self.transformer
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of a step: the variants."""
+        """Tokens that a step reads: the variants that draw one."""
         return (1, *self.prefill)
+
+    @property
+    def variants(self) -> tuple[int | Burst, ...]:
+        """All steps there are."""
+        return (*self.lengths, *map(Burst, self.bursts))
 
     @property
     def classes(self) -> int:

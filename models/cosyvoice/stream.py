@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .lm_config import LMConfig
+from .lm_config import Burst, LMConfig
 from .sampling import HISTORY, NONE, Sampling
 
+STEP_COST = 4  # draws that a device makes while the host gets it from one step to the next, about
 IGNORED = -1
 """As a target: nothing is to be drawn here."""
 
@@ -26,15 +27,17 @@ IGNORED = -1
 class Feed:
     """One step: its variant and its inputs."""
 
-    variant: int
+    variant: int | Burst
     inputs: dict[str, NDArray[np.generic]]
 
 
 class TextStream:
     """One utterance's text on its way into the language model, and its speech tokens out of it.
 
-    Call ``feed`` for the next step and ``take`` with the token that it drew, in turn, until ``end`` is set; ``feed``
-    returns None while more text is needed. Text and prompt are tokens of the tokenizer, as ``push`` takes them.
+    Call ``feed`` for the next step and ``take`` with the token that it drew (``take_all`` with those of a burst), in
+    turn, until ``end`` is set; ``feed`` returns None while more text is needed.
+
+    Text and prompt are tokens of the tokenizer, as ``push`` takes them.
 
     known: the text as a whole; otherwise it arrives by ``push`` until ``finish``.
     block, lengths: instead of the configuration's ``mix`` and ``extent``. The fewest speech tokens are asked of text
@@ -105,10 +108,11 @@ class TextStream:
         """There is no more text."""
         self._finished = True
 
-    def feed(self) -> Feed | None:
+    def feed(self, wanted: int = 1) -> Feed | None:
         """The next step, or None while there is nothing to read: more text is needed, or the end is reached.
 
-        Raises RuntimeError while a step is under way.
+        wanted: speech tokens that there is use for at once; for more than one it may be a burst, of the length that
+        gives them soonest. Raises RuntimeError while a step is under way.
         """
         if self._flying:
             raise RuntimeError("the last step's token was not taken yet")
@@ -119,14 +123,21 @@ class TextStream:
         ready = len(self._pending) - (not self._drawing)
         if self.end is not None or ready < 1:
             return None
+        recent = np.full(HISTORY, NONE, np.int64)
+        if tail := self._drawn[-HISTORY:]:
+            recent[-len(tail) :] = tail
+        drawn = ready == 1 and self._drawing and self._pending[0] < self.config.speech
+        if drawn and (size := self._burst(wanted)) > 1:
+            self._flying = 1
+            special = np.array([self._special(ahead) for ahead in range(size)])
+            draws = np.array(min(size, self._draws()))
+            inputs = {"token": np.array(self._pending[0]), "draws": draws, "special": special, "recent": recent}
+            return Feed(Burst(size), inputs | self._sampling)
         lengths = self.config.lengths
         variant = next((length for length in lengths if length >= ready), lengths[-1])
         self._flying = count = min(variant, ready)
         tokens = np.zeros(variant, np.int64)
         tokens[:count] = self._pending[:count]
-        recent = np.full(HISTORY, NONE, np.int64)
-        if tail := self._drawn[-HISTORY:]:
-            recent[-len(tail) :] = tail
         inputs = {"tokens": tokens, "count": np.array(count), "special": np.array(self._special()), "recent": recent}
         return Feed(variant, inputs | self._sampling)
 
@@ -152,6 +163,29 @@ class TextStream:
             self._drawn.append(self.config.fill)
             self._block_ended()
         return token
+
+    def take_all(self, drawn: Iterable[int]) -> list[int]:
+        """What a burst drew; returns what of it is speech. Raises RuntimeError without a step under way."""
+        spoken = []
+        for token in drawn:
+            if token == NONE:
+                break
+            if (one := self.take(token)) is None:
+                break
+            spoken.append(one)
+            self._flying = 1
+        self._flying = 0
+        return spoken
+
+    def _burst(self, wanted: int) -> int:
+        """Tokens of the step that gives so many soonest, if another step costs as much as drawing ``STEP_COST``."""
+        wanted = min(wanted, self._draws())
+        return min((1, *self.config.bursts), key=lambda size: -(-wanted // size) * (size + STEP_COST))
+
+    def _draws(self) -> int:
+        """Draws until it is decided here what comes next."""
+        most = int(self._pushed * self.lengths[1]) - self._spoken if self._closing else self._due - len(self._drawn)
+        return min(most, self.config.capacity - self._read)
 
     def _arrange(self) -> None:
         """Move text, and the prompt's speech, to where they are read."""
@@ -187,11 +221,12 @@ class TextStream:
         elif self._read + len(self._pending) > self.config.capacity:
             self.end = "capacity"
 
-    def _special(self) -> int:
+    def _special(self, ahead: int = 0) -> int:
+        """What beside speech may be drawn, after ``ahead`` more of it."""
         if not self._closing:
             return self.config.fill
         shortest = int(self._pushed * self.lengths[0]) if self._known else 0
-        return NONE if self._spoken < shortest else self.config.end
+        return NONE if self._spoken + ahead < shortest else self.config.end
 
 
 def lay_out(

@@ -115,6 +115,15 @@ def test_three_in_a_row_and_twenty_at_once_sound_as_alone(models: Synthesizer) -
         assert np.array_equal(made, alone[number % 4]), number
 
 
+def test_drawing_several_tokens_a_step_changes_nothing(models: Synthesizer, folder: Path) -> None:
+    texts = [LONGER, SHORT, TEXT]
+    made = models.speak_many([synthesis(models, text, 7, arriving=text is TEXT) for text in texts])
+    with Synthesizer(tiny_speech(folder, bursts=(9, 25)), sessions=2) as quick:
+        quick.register("ada", voice(1))
+        crowd = [synthesis(quick, text, 7, arriving=text is TEXT) for text in texts]
+        assert all(map(np.array_equal, made, quick.speak_many(crowd)))
+
+
 def test_the_sound_is_that_of_the_networks_one_after_the_other(models: Synthesizer) -> None:
     """Tokens as the stream writes them, through the flow under its mask as a whole, through the vocoder as a whole."""
     made = synthesis(models, LONGER, 5)

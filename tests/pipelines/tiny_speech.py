@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def tokenizer_json() -> str:
     return text
 
 
-def networks(seed: int = 0) -> tuple[SpeechLM, FlowMatching, HiFT]:
+def networks(seed: int = 0, bursts: tuple[int, ...] = ()) -> tuple[SpeechLM, FlowMatching, HiFT]:
     """Random weights; the language model ends most passages before it has to."""
     generator = torch.Generator().manual_seed(seed)
-    lm, flow, vocoder = SpeechLM(LM), FlowMatching(FLOW), HiFT(VOCODER)
+    lm, flow, vocoder = SpeechLM(replace(LM, bursts=bursts)), FlowMatching(FLOW), HiFT(VOCODER)
     with torch.no_grad():
         for network in (lm, flow, vocoder):
             for name, weight in network.named_parameters():
@@ -90,8 +91,8 @@ def write(folder: Path, manner: Mapping[str, Any] | None = None, *, voices: bool
     return folder
 
 
-def tiny_speech(folder: Path, limits: FlowLimits = LIMITS) -> Speech:
+def tiny_speech(folder: Path, limits: FlowLimits = LIMITS, bursts: tuple[int, ...] = ()) -> Speech:
     """folder: for the tokenizer's file."""
     (folder / "tokenizer.json").write_text(tokenizer_json())
-    lm, flow, vocoder = networks()
+    lm, flow, vocoder = networks(bursts=bursts)
     return Speech(Reader(lm, TextTokenizer(folder)), StreamingFlow(flow, limits), vocoder)

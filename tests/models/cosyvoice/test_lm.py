@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -145,6 +146,57 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         TINY.text_id(40)
     with pytest.raises(TypeError, match="'1'"):
         network().input_spec("1")
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("bursts", [(3,), (2, 7), (25,)])
+def test_bursts_draw_what_single_steps_do(bursts: tuple[int, ...], known: bool) -> None:
+    """Whatever ends them: the drawn end, fills drawn and due, the longest length, the capacity."""
+
+    def spoken(bursts: tuple[int, ...], seed: int, capacity: int) -> tuple[list[int], object, int, int]:
+        lm = network(dataclasses.replace(TINY, bursts=bursts, capacity=capacity))
+        with torch.no_grad():
+            lm.head.bias[TINY.end] += 7 * (seed == 2)
+        given: dict[str, Any] = {"prompt_text": range(4), "prompt_speech": range(11), "lengths": (2, 6)}
+        stream = TextStream(lm.config, range(9) if known else None, sampling=Sampling(seed=seed), **given)
+        state = {name: spec.new(2) for name, spec in lm.state_spec().items()}
+        arriving, steps = iter([] if known else range(14)), 0
+        while stream.end is None:
+            if (feed := stream.feed(9)) is None:
+                if stream.end is None:
+                    token = next(arriving, None)
+                    stream.finish() if token is None else stream.push([token])
+                continue
+            inputs = {name: torch.from_numpy(value)[None] for name, value in feed.inputs.items()}
+            outputs = lm.step(inputs, state, torch.tensor([0]), torch.tensor([True]))
+            stream.take_all(outputs["drawn" if "drawn" in outputs else "token"][0:1].flatten().tolist())
+            steps += 1
+        return stream.speech, stream.end, int(state["lm.seen"][0]), steps
+
+    ends = set()
+    for seed, capacity in ((0, 160), (1, 160), (2, 160), (3, 160), (4, 60)):
+        *single, steps = spoken((), seed, capacity)
+        *several, fewer = spoken(bursts, seed, capacity)
+        assert several == single
+        assert fewer < 0.7 * steps
+        ends.add(single[1])
+    assert ends == {"said", "length", "capacity"}
+
+
+def test_rows_of_a_burst_stop_each_at_its_own_place() -> None:
+    lm = network(dataclasses.replace(TINY, bursts=(6,)))
+    variant = lm.variants[-1]
+    state = {name: spec.new(5) for name, spec in lm.state_spec().items()}
+    inputs = rows(4, variant, lm, draws=torch.tensor([6, 2, 6, 1]), seed=torch.arange(4))
+    inputs["temperature"] += 1
+    before = {name: value[2].clone() for name, value in state.items()}
+    drawn = lm.step(inputs, state, torch.arange(4), torch.tensor([True, True, False, True]))["drawn"]
+    assert (drawn >= 0).sum(1).tolist() == [6, 2, 0, 1]
+    assert state["lm.seen"][:4].tolist() == [6, 2, 0, 1]
+    assert all(torch.equal(state[name][2], value) for name, value in before.items())
+    alone = {name: spec.new(2) for name, spec in lm.state_spec().items()}
+    one = {name: value[1:2] for name, value in inputs.items()}
+    assert torch.equal(lm.step(one, alone, torch.tensor([0]), torch.tensor([True]))["drawn"][0], drawn[1])
 
 
 # ---------------------------------------------------------------- on the engine
