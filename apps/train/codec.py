@@ -34,7 +34,7 @@ from ...models.conformer.encoder import ConformerEncoder
 from .bank import LOUDNESS, Bank
 from .codec_losses import Judges, MelDistance
 from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, plain, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
 from .voices import RATE
 from .voices.signal import CLIP_RATE, PLAIN, resample
 
@@ -263,11 +263,12 @@ class Crops:
 
     def _read(self, begin: Any, low: Any, high: Any, gain: Any, width: int) -> Tensor:
         device = self.pcm.device
-        begin, low, high, gain = (torch.from_numpy(np.asarray(x)).to(device)[:, None] for x in (begin, low, high, gain))
+        begin, low, high = placed(np.stack((begin, low, high)), device)[:, :, None]
+        gain = placed(np.asarray(gain, np.float32), device)[:, None]
         index = begin + torch.arange(width, device=device)
         real = (index >= low) & (index < high) & (index >= 0) & (index < len(self.pcm))
         sound = self.pcm[index.clamp(0, len(self.pcm) - 1)].float() / 32768
-        return torch.where(real, sound * gain.float(), 0.0)
+        return torch.where(real, sound * gain, 0.0)
 
 
 class CodecTraining(Loop):
@@ -392,8 +393,7 @@ def train(
     began = time.perf_counter()
     console = Console()
     place = torch.device(device)
-    if place.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prepare(place)
     spoken = Bank(bank)
     pcm = torch.from_numpy(np.array(spoken.pcm)).to(place)
     recipe = Recipe(rows=rows, rate=rate)

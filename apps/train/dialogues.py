@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .bank import Bank, Utterance
 from .domain import AFTER_STOP, UNKNOWN, Part, questions
+from .loop import placed
 from .voices import RATE
 
 FRAME = 1920  # samples of a code
@@ -283,10 +284,10 @@ class Dialogues:
                 for score in scores
             ]
             user += lay(self.pcm, steady, width)
-        hiss = torch.tensor([[score.hiss] for score in scores], device=device)
+        hiss = placed(np.array([[score.hiss] for score in scores], np.float32), device)
         user += hiss * torch.randn(user.shape, generator=generator, device=device)
         model = lay(self.pcm, [score.model for score in scores], width)
-        text = torch.from_numpy(np.stack([score.text for score in scores])).to(device)
+        text = placed(np.stack([score.text for score in scores]), device)
         return Batch(user.clamp(-1, 1), model, text)
 
 
@@ -297,7 +298,7 @@ def lay(pcm: Tensor, rows: Sequence[Sequence[Sound]], width: int) -> Tensor:
     for row, parts in enumerate(rows):
         for number, part in enumerate(parts):
             places[:, row, number] = part.at, part.begin, part.length, part.rate, part.gain
-    at, begin, length, rate, gain = torch.from_numpy(places).to(pcm.device)
+    at, begin, length, rate, gain = placed(places, pcm.device)
     position = torch.arange(width, device=pcm.device, dtype=torch.float64).expand(len(rows), -1)
     which = torch.searchsorted(at, position.contiguous(), right=True).sub_(1).clamp_(min=0)
     inside = position - at.gather(1, which)

@@ -2,8 +2,9 @@
 
     antiphon train duplex --bank bank --codec codec-run/codec --out duplex-run --minutes 13 --fit --device cuda
 
-Each batch is new: dialogues are composed of the bank (``dialogues.py``) and encoded by the finished codec as they are
-needed. The loss is Moshi's (arXiv 2410.00037, section 3.4.4): text, and codebooks of which the semantic one weighs
+Dialogues are composed of the bank (``dialogues.py``) and encoded by the finished codec as they are needed. Encoding one
+takes longer than learning from it, so each is drawn a few times, among others, before newer ones take its place. The
+loss is Moshi's (arXiv 2410.00037, section 3.4.4): text, and codebooks of which the semantic one weighs
 most; frames in which the assistant is silent weigh less. Stop and start again at will. ``OUT/model`` is a checkpoint in
 Kyutai's layout, with averaged weights: what ``antiphon serve --graph converse --model OUT/model`` takes.
 """
@@ -36,11 +37,11 @@ from .bank import Bank
 from .dialogues import FRAME, PAD, Batch, Composer, Dialogues, Encode, Style
 from .domain import answers
 from .duplex_card import RUN, export
-from .loop import Graphed, Loop, Losses, Weights, plain, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
 from .voices import RATE
 
 MODEL = "model"
-CODEC_ROWS = 8  # dialogues that are encoded at a time: bounds memory
+CODEC_ROWS = {"cuda": 32}  # dialogues that are encoded at a time: bounds memory
 
 
 def settings(text_card: int, codec: Mimi, **changes: Any) -> dict[str, Any]:
@@ -84,13 +85,16 @@ def settings(text_card: int, codec: Mimi, **changes: Any) -> dict[str, Any]:
 class Recipe:
     """Everything that decides the result, besides data, sizes and seed.
 
-    frames: of a dialogue, more than the window, so that its end is trained too. semantic: weight of the first codebook
+    frames: of a dialogue, more than the window, so that its end is trained too. reuse: steps from one new batch to the
+    next; the batch of a step is drawn from the last ``pool`` ones. semantic: weight of the first codebook
     among the others' 1. padding: weight of a text token that says nothing. silent: of a frame's sound where the
     assistant is silent.
     """
 
     rows: int = 32
     frames: int = 376
+    reuse: int = 4
+    pool: int = 8
     rate: float = 1.2e-3
     warmup: int = 400
     level_until: float = 0.3
@@ -121,8 +125,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int = 700) -> bytes:
 
 
 @torch.no_grad()
-def codes_of(batch: Batch, codec: Mimi, heard: int, rows: int = CODEC_ROWS) -> Tensor:
+def codes_of(batch: Batch, codec: Mimi, heard: int) -> Tensor:
     """``[B, 1 + spoken + heard, T]``: what the language model is to say and to hear."""
+    rows = CODEC_ROWS.get(batch.model.device.type, 8)
     spoken = torch.cat([codec.encode(part) for part in batch.model.split(rows)])
     user = torch.cat([codec.encode(part, heard) for part in batch.user.split(rows)])
     return torch.cat((batch.text[:, None], spoken, user), 1)
@@ -187,12 +192,29 @@ class DuplexTraining(Loop):
             self.lm, betas=(0.9, 0.95), decay=recipe.decay, clip=recipe.clip, average=recipe.average
         )  # fmt: skip
         self.graph = Graphed(self._step, graphed)
+        config, device, kept = self.lm.config, dialogues.pcm.device, recipe.pool * recipe.rows
+        frames = dialogues.composer.frames
+        self._codes = torch.zeros(kept, 1 + config.spoken + config.heard, frames, dtype=torch.int64, device=device)
+        self._active = torch.zeros(kept, frames, dtype=torch.bool, device=device)
+        self._newest = -1
+
+    def drawn(self, step: int) -> tuple[Tensor, Tensor]:
+        """A step's ``codes`` and ``active`` (where the assistant speaks), drawn from the batches that are kept."""
+        recipe, rows = self.recipe, self.dialogues.rows
+        newest = step // recipe.reuse + recipe.pool - 1
+        for number in range(max(self._newest, newest - recipe.pool) + 1, newest + 1):
+            batch, place = self.dialogues(number), number % recipe.pool * rows
+            self._codes[place : place + rows] = codes_of(batch, self.codec, self.lm.config.heard)
+            self._active[place : place + rows] = speaking(batch)
+            self._newest = number
+        chosen = np.random.default_rng([self.dialogues.seed, step]).permutation(recipe.pool * rows)[:rows]
+        index = placed(chosen, self._codes.device)
+        return self._codes[index], self._active[index]
 
     def train_step(self) -> Losses:
-        batch = self.dialogues(self.step)
         share = schedule(self.step, self.steps, self.recipe.warmup, self.recipe.level_until)
         self.weights.rate.fill_(self.recipe.rate * share)
-        return self.graph("step", codes_of(batch, self.codec, self.lm.config.heard), speaking(batch))
+        return self.graph("step", *self.drawn(self.step))
 
     def _step(self, key: str, codes: Tensor, active: Tensor) -> Losses:
         loss, parts = loss_of(self.lm, codes, active, self.recipe)
@@ -219,6 +241,7 @@ class DuplexTraining(Loop):
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.weights.load(state["lm"])
+        self._newest = -1
 
 
 def train(
@@ -241,8 +264,7 @@ def train(
     began = time.perf_counter()
     console = Console()
     place = torch.device(device)
-    if place.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prepare(place)
     out.mkdir(parents=True, exist_ok=True)
     spoken = Bank(bank)
     tokenizer = out / "tokenizer.model"

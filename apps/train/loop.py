@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -19,6 +20,19 @@ LOG = "log.jsonl"
 
 Module = TypeVar("Module", bound=nn.Module)
 Losses = dict[str, Tensor]
+
+
+def prepare(device: torch.device) -> None:
+    """Let a GPU multiply in TF32, and choose its convolutions by trying: a training has few shapes."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def placed(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device, without waiting for what runs there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def schedule(step: int, steps: int, warmup: int, level_until: float) -> float:

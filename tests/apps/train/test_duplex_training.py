@@ -4,6 +4,7 @@ tokens that it was trained on."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ SMALL: dict[str, Any] = {
     "depformer_num_heads": 1,
     "depformer_num_layers": 1,
 }
-RECIPE = Recipe(rows=2, frames=48, warmup=3, rate=5e-3, average=0.9)
+RECIPE = Recipe(rows=2, frames=48, reuse=2, pool=3, warmup=3, rate=5e-3, average=0.9)
 STYLE = Style(start=(0.1, 0.3), gap=(0.2, 0.5), rest=0)
 
 
@@ -70,13 +71,13 @@ def training(bank: Bank, tokenizer: bytes, codec: Mimi, out: Path, steps: int = 
 
 
 def test_losses_fall(bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path) -> None:
-    run = training(bank, tokenizer, codec, tmp_path, 30)
+    run = training(bank, tokenizer, codec, tmp_path, 60)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         losses.append({name: float(loss) for name, loss in run.train_step().items()})
         run.step += 1
     for name in ("text", "words", "semantic", "acoustic"):
-        assert np.mean([one[name] for one in losses[-4:]]) < 0.92 * np.mean([one[name] for one in losses[:2]]), name
+        assert np.mean([one[name] for one in losses[-6:]]) < 0.92 * np.mean([one[name] for one in losses[:4]]), name
     assert run.skipped() == 0
     measured = run.measured(run.dialogues, 1)
     assert set(measured) == {"text", "words", "right", "semantic", "acoustic"}
@@ -99,6 +100,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         other.resume()
 
 
+def test_dialogues_are_drawn_a_few_times_and_then_make_room(
+    bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path
+) -> None:
+    run = training(bank, tokenizer, codec, tmp_path)
+    batches = [codes_of(run.dialogues(number), codec, run.lm.config.heard) for number in range(7)]
+    places = {row.numpy().tobytes(): number for number, batch in enumerate(batches) for row in batch}
+    assert len(places) == 14
+    drawn = []
+    for step in range(8):
+        codes, active = run.drawn(step)
+        assert active.shape == codes.shape[::2]
+        drawn.append([places[row.numpy().tobytes()] for row in codes])
+        assert all(step // 2 <= number <= step // 2 + 2 for number in drawn[-1])
+    assert len({number for numbers in drawn for number in numbers}) >= 4
+    again = training(bank, tokenizer, codec, tmp_path / "again").drawn(7)[0]
+    assert torch.equal(again, run.drawn(7)[0])
+
+
 def test_a_step_stays_on_the_device(bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path) -> None:
     run = training(bank, tokenizer, codec, tmp_path)
     batch = run.dialogues(0)
@@ -114,7 +133,7 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(
 ) -> None:
     run = training(bank, tokenizer, codec, tmp_path)
     run.train_step()
-    run.recipe = Recipe(rows=2, frames=48, warmup=3, text=float("nan"))
+    run.recipe = replace(RECIPE, text=float("nan"))
     before = run.weights.flat.clone()
     run.train_step()
     assert torch.equal(run.weights.flat, before)
