@@ -112,7 +112,7 @@ def age(lease: Lease) -> None:
             else:
                 ring.normal_()
         elif name.endswith(".seen"):
-            longest = lease.store.specs[f"{name.removesuffix('.seen')}.rings"].shape[1]
+            longest = lease.store.specs[f"{name.removesuffix('.seen')}.rings"].shape[-2]
             tensor[row].fill_(2 * longest)
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..streaming import Specs, State, TensorSpec
+from .kernels import use_kernels
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import Layout, Rotation, rotate, rotation
@@ -110,9 +111,10 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Context, depth: Depth = None) -> Tensor:
         """``[B, T, d] -> [B, T, d]``; depth: the weights to use where there are several sets."""
+        branch: Branch | None = None
         for layer, block in enumerate(self.blocks):
-            x = block(x, layer, context, depth)
-        return x
+            x, branch = block(x, branch, layer, context, depth)
+        return x if branch is None else branch.onto(x)
 
     def whole(self, steps: int, device: torch.device | str = "cpu") -> WholeSequence:
         """The context of whole sequences of ``steps`` positions: causal, within the window and the sinks."""
@@ -125,7 +127,7 @@ class Transformer(nn.Module):
     def state_spec(self, prefix: str) -> Specs:
         """One session's keys and values, and the number of positions it has seen."""
         config = self.config
-        shape = (config.layers, config.sinks + config.ring, 2, config.kv, config.head)
+        shape = (config.layers, 2, config.kv, config.sinks + config.ring, config.head)
         return {
             f"{prefix}.rings": TensorSpec(shape, config.kv_dtype or self.dtype),
             f"{prefix}.seen": TensorSpec((), torch.int64),
@@ -145,7 +147,8 @@ class Transformer(nn.Module):
             raise ValueError(f"{steps} steps in one call, but the rings were made for {self.config.longest}")
         seen = state[f"{prefix}.seen"].index_select(0, slots)
         rings = state[f"{prefix}.rings"]
-        x = self(x, RingStep(self.config, rings, slots, target, seen, steps, count, x.dtype))
+        ring_step = InPlace if _in_place(self.config, x) else RingStep
+        x = self(x, ring_step(self.config, rings, slots, target, seen, steps, count, x.dtype))
         state[f"{prefix}.seen"].index_copy_(0, target, seen + (steps if count is None else count))
         return x
 
@@ -160,12 +163,36 @@ class Block(nn.Module):
         self.feedforward = FeedForward(config)
         self.scale1, self.scale2 = (_scale(config) for _ in range(2))
 
-    def forward(self, x: Tensor, layer: int, context: Context, depth: Depth = None) -> Tensor:
-        """``[B, T, d] -> [B, T, d]``."""
-        heard: Tensor = self.attention(self.norm1(x), layer, context, depth)
-        x = x + (heard if self.scale1 is None else heard * self.scale1)
-        thought: Tensor = self.feedforward(self.norm2(x), depth)
-        return x + (thought if self.scale2 is None else thought * self.scale2)
+    def forward(
+        self, x: Tensor, branch: Branch | None, layer: int, context: Context, depth: Depth = None
+    ) -> tuple[Tensor, Branch]:
+        """``[B, T, d]`` and what the block before would add to it -> the same of this block."""
+        x, normed = _joined(x, branch, self.norm1)
+        branch = Branch(self.attention(normed, layer, context, depth), self.scale1)
+        x, normed = _joined(x, branch, self.norm2)
+        return x, Branch(self.feedforward(normed, depth), self.scale2)
+
+
+class Branch(NamedTuple):
+    """A residual branch that waits to be added: one kernel adds it and makes the next norm."""
+
+    x: Tensor
+    scale: Tensor | None
+
+    def onto(self, x: Tensor) -> Tensor:
+        return x + (self.x if self.scale is None else self.x * self.scale)
+
+
+def _joined(x: Tensor, branch: Branch | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The sum, and its norm."""
+    if use_kernels(x) and isinstance(norm, RMSNorm | nn.LayerNorm):
+        from .triton_fused import add_norm
+
+        bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+        added, scale = (None, None) if branch is None else branch
+        return add_norm(x, added, scale, norm.weight, bias, norm.eps)
+    x = x if branch is None else branch.onto(x)
+    return x, norm(x)
 
 
 class Attention(nn.Module):
@@ -196,7 +223,11 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, depth: Depth = None) -> Tensor:
         """``[B, T, d] -> [B, T, d]``."""
         x = _through(self.up, x, depth)
-        if self.gate:
+        if self.gate and use_kernels(x):
+            from .triton_fused import gated
+
+            x = gated(x)
+        elif self.gate:
             gate, x = x.chunk(2, -1)
             x = F.silu(gate) * x
         else:
@@ -212,11 +243,12 @@ class WholeSequence:
         self.attention = _Attention(config, positions[None], positions[None], dtype)
 
     def attend(self, layer: int, heads: Tensor) -> Tensor:
-        return self.attention(*self.attention.turn(heads))
+        query, far, fresh = self.attention.turn(heads)
+        return self.attention(query, far, fresh.movedim(1, 3))
 
 
 class RingStep:
-    """The next positions of ``B`` sessions whose keys and values are rings in slots."""
+    """The next positions of ``B`` sessions whose keys and values are rings in slots, read by copying them."""
 
     def __init__(
         self,
@@ -229,7 +261,7 @@ class RingStep:
         count: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        """rings: ``[S + 1, layers, sinks + ring, 2, K, D]``; seen: ``[B]`` positions before these; see ``step``."""
+        """rings: ``[S + 1, layers, 2, K, sinks + ring, D]``; seen: ``[B]`` positions before these; see ``step``."""
         # 8-bit floats are moved as bytes: few operations know them.
         self.stored = rings.dtype
         self.rings = rings.view(torch.uint8) if rings.dtype.itemsize == 1 else rings
@@ -253,8 +285,57 @@ class RingStep:
         query, far, fresh = self.attention.turn(heads)
         fresh = fresh.to(self.stored)
         ring = self.rings[:, layer]
-        ring.index_put_(self.write, fresh.view(ring.dtype) if ring.dtype != self.stored else fresh)
+        lines = ring.movedim(3, 1)  # [S + 1, M, 2, K, D]
+        lines.index_put_(self.write, fresh.view(ring.dtype) if ring.dtype != self.stored else fresh)
         return self.attention(query, far, ring.index_select(0, self.slots).view(self.stored).to(self.dtype))
+
+
+class InPlace:
+    """:class:`RingStep` on a GPU: rings are written and read where they lie, and only as far as they are filled."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rings: Tensor,
+        slots: Tensor,
+        target: Tensor,
+        seen: Tensor,
+        steps: int,
+        count: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """As for :class:`RingStep`."""
+        self.config, self.rings = config, rings
+        self.slots, self.target, self.seen, self.count = slots, target, seen, count
+        self.turn: Rotation | None = None
+        self.far: Rotation | None = None
+        if config.rope is not None:
+            positions = seen[:, None] + torch.arange(steps, device=slots.device)
+            self.turn = rotation(positions, config.head, config.theta, dtype, config.rope)
+            if config.sinks:
+                nearest = positions.clamp(max=config.sinks + config.window - 1)
+                self.far = rotation(nearest, config.head, config.theta, dtype, config.rope)
+
+    def attend(self, layer: int, heads: Tensor) -> Tensor:
+        from . import triton_ring
+
+        config, ring = self.config, self.rings[:, layer]
+        half = config.rope == "half"
+        query, far = triton_ring.store(
+            heads, ring, self.target, self.seen, self.count, self.turn, self.far, half, config.sinks
+        )  # fmt: skip
+        distant = None if self.far is None else far
+        return triton_ring.attend(query, distant, ring, self.slots, self.seen, config.window, config.sinks)
+
+
+def _in_place(config: TransformerConfig, x: Tensor) -> bool:
+    """Whether the kernels of :mod:`.triton_ring` know these rings: not those whose keys are kept raw."""
+    return use_kernels(x) and not config.raw_keys and _power(config.head)
+
+
+def _power(width: int) -> bool:
+    """Whether a head is as wide as kernels want it."""
+    return 16 <= width <= 256 and width & (width - 1) == 0
 
 
 class Frame:
@@ -264,21 +345,26 @@ class Frame:
         self, config: TransformerConfig, rows: int, steps: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.config = config
-        self.cache = torch.zeros(config.layers, rows, steps, 2, config.kv, config.head, dtype=dtype, device=device)
+        self.cache = torch.zeros(config.layers, rows, 2, config.kv, steps, config.head, dtype=dtype, device=device)
         self.positions = torch.arange(steps, device=device)[None]
         self.fed = [0] * config.layers
         self.attention: _Attention | None = None
+        self.plain = config.rope is None and not config.sinks and _power(config.head)
 
     def attend(self, layer: int, heads: Tensor) -> Tensor:
         first = self.fed[layer]
         last = self.fed[layer] = first + heads.shape[1]
+        if self.plain and heads.shape[1] == 1 and last <= self.config.window and use_kernels(heads):
+            from .triton_fused import frame
+
+            return frame(heads, self.cache[layer], first)
         if layer == 0:
             positions = self.positions[:, :last]
             self.attention = _Attention(self.config, positions[:, first:], positions, heads.dtype, newest=True)
         assert self.attention is not None
         query, far, fresh = self.attention.turn(heads)
-        held = self.cache[layer, :, :last]
-        held[:, first:] = fresh
+        held = self.cache[layer, :, :, :, :last]
+        held[:, :, :, first:] = fresh.movedim(1, 3)
         return self.attention(query, far, held)
 
 
@@ -307,7 +393,8 @@ class _Attention:
             if config.sinks:
                 self.turns_far = self._angles(positions.clamp(max=config.sinks + config.window - 1), config.rope)
             if config.raw_keys:
-                self.turns_held = self._angles(held.clamp(min=0), config.rope)
+                cos, sin = self._angles(held.clamp(min=0), config.rope)
+                self.turns_held = cos.transpose(1, 2), sin.transpose(1, 2)  # [B, 1, M, D]
 
     def _angles(self, positions: Tensor, layout: Layout) -> Rotation:
         return rotation(positions, self.config.head, self.config.theta, self.dtype, layout)
@@ -328,11 +415,11 @@ class _Attention:
         return query, query if far is None else far, fresh
 
     def __call__(self, query: Tensor, far: Tensor, held: Tensor) -> Tensor:
-        """query and far ``[B, T, H, D]``, keys and values ``[B, M, 2, K, D]`` -> ``[B, T, H, D]``."""
-        keys, values = held.unbind(2)
+        """query and far ``[B, T, H, D]``, keys and values ``[B, 2, K, M, D]`` -> ``[B, T, H, D]``."""
+        keys, values = held.unbind(1)
         if self.turns_held is not None and self.config.rope is not None:
             keys = rotate(keys, self.turns_held, self.config.rope)
-        query, far, keys, values = (x.transpose(1, 2) for x in (query, far, keys, values))
+        query, far = query.transpose(1, 2), far.transpose(1, 2)
         bias = self.bias
         if bias is not None and self.turns_far is not None:
             # What the sinks score from the window's edge, less what they score from where the query really is.

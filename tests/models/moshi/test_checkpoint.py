@@ -89,7 +89,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="settings make"):
         checkpoint.save(tmp_path, lm, SETTINGS | {"context": 9})
     chosen = checkpoint.load(tmp_path, window=6, sinks=2, prefill=3, dtype=torch.bfloat16, kv_dtype=torch.float8_e4m3fn)
-    assert chosen.state_spec()["temporal.rings"].shape[1] == 6 + 2 + 2
+    assert chosen.state_spec()["temporal.rings"].shape[-2] == 6 + 2 + 2
     assert chosen.state_spec()["temporal.rings"].dtype == torch.float8_e4m3fn
     assert Live(chosen, 2).step(codes[..., 0])["sampled"].shape == (2, 9)
 

@@ -1,0 +1,146 @@
+"""The Triton kernels equal the plain path: on a GPU as they are, elsewhere in Triton's interpreter."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from antiphon.models.layers import transformer
+from antiphon.models.layers.transformer import InPlace, RingStep, Transformer, TransformerConfig
+
+PLAIN = TransformerConfig(width=64, layers=1, heads=4, head_width=16, feedforward=96, window=9)
+KINDS = {
+    "moshi": {},
+    "several pieces": {"window": 300},
+    "sinks": {"sinks": 3, "longest": 2},
+    "qwen": {"kv_heads": 2, "rope": "half", "qkv_bias": True, "longest": 5},
+    "one key head and sinks": {"kv_heads": 1, "sinks": 2, "longest": 3},
+    "mimi": {"norm": "layer", "gate": False, "layer_scale": 0.3, "longest": 2, "rope": None},
+}
+HERE = [
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+            reason="Triton's interpreter needs the package triton and a process without a GPU",
+        ),
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(autouse=True)
+def _setting(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def plainly(monkeypatch, plain):
+    monkeypatch.setattr(transformer, "use_kernels", lambda x: not plain)
+
+
+def make(device, dtype=torch.float32, **changes):
+    model = Transformer(dataclasses.replace(PLAIN, **changes)).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(device, dtype)
+
+
+def streamed(model, device, calls=5, rows=3):
+    """Sessions of other ages and rings that hold something, with an idle row and steps that do not count."""
+    config = model.config
+    state = {name: spec.new(6, device) for name, spec in model.state_spec("lm").items()}
+    generator = torch.Generator().manual_seed(1)
+    rings = torch.randn(state["lm.rings"].shape, generator=generator) * 0.5
+    state["lm.rings"].copy_(rings.to(state["lm.rings"].dtype))
+    slots = torch.tensor([3, 0, 4, 1, 2][:rows], device=device)
+    state["lm.seen"][slots[1:2]] = config.window + 4
+    state["lm.seen"][slots[2:]] = config.window - 2
+    heard = []
+    for call in range(calls):
+        steps = config.longest if call % 2 == 0 else 1
+        x = torch.randn(5, steps, config.width, generator=generator)[:rows].to(device, model.dtype)
+        counts = torch.randint(1, steps + 1, (5,), generator=generator)[:rows].to(device)
+        target = torch.where(torch.arange(rows, device=device) == call, 5, slots)
+        y = model.step("lm", x, state, slots, target, None if steps == 1 else counts)
+        real = torch.arange(steps, device=device) < counts[:, None]
+        heard.append((y if steps == 1 else y * real[..., None]).flatten(0, 1).float())
+    return torch.cat(heard), {name: value[:5].float() for name, value in state.items()}
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rings_in_place_equal_copied_ones(monkeypatch, kind, device):
+    model = make(device, **KINDS[kind])
+    results = []
+    for plain in (True, False):
+        plainly(monkeypatch, plain)
+        results.append(streamed(model, device))
+    (heard, state), (heard_in_place, state_in_place) = results
+    assert (heard_in_place - heard).abs().max() < 1e-5
+    for name, value in state.items():
+        assert (state_in_place[name] - value).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_a_frame_equals_the_plain_one(monkeypatch, device):
+    model = make(device, per_step=3, rope=None, kv_heads=2)
+    x = torch.randn(2, 3, 64, device=device)
+    results = []
+    for plain in (True, False):
+        plainly(monkeypatch, plain)
+        frame = model.frame(2, 3, device)
+        results.append(torch.cat([model(x[:, i : i + 1], frame, i) for i in range(3)], 1))
+    assert (results[0] - results[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_how_many_rows_there_are_changes_no_bit(monkeypatch, device):
+    """Of what the kernels do; products are another matter."""
+    plainly(monkeypatch, False)
+    config = dataclasses.replace(PLAIN, window=270, kv_heads=2)
+    rings = torch.randn(6, 1, 2, 2, 270, 16, device=device)
+    slots, seen = torch.tensor([4, 1, 2], device=device), torch.tensor([700, 30, 268], device=device)
+    heads = torch.randn(3, 1, 8, 16, device=device)
+    together = InPlace(config, rings.clone(), slots, slots, seen, 1, None, heads.dtype).attend(0, heads)
+    for row in range(3):
+        one = slice(row, row + 1)
+        context = InPlace(config, rings.clone(), slots[one], slots[one], seen[one], 1, None, heads.dtype)
+        assert torch.equal(context.attend(0, heads[one])[0], together[row])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["moshi", "several pieces", "sinks", "qwen"])
+@pytest.mark.parametrize("kv", [None, torch.float8_e4m3fn])
+def test_half_the_bits_on_a_gpu(monkeypatch, kind, kv):
+    model = make("cuda", torch.bfloat16, kv_dtype=kv, **KINDS[kind])
+    results = []
+    for plain in (True, False):
+        plainly(monkeypatch, plain)
+        results.append(streamed(model, "cuda")[0])
+    assert (results[0] - results[1]).norm() / results[0].norm() < 2e-2
+
+
+def test_elsewhere_rings_are_copied():
+    model = make("cpu")
+    state = {name: spec.new(2) for name, spec in model.state_spec("lm").items()}
+    slots = torch.tensor([0])
+    seen = []
+    original = RingStep.attend
+
+    def attend(self, layer, heads):
+        seen.append(layer)
+        return original(self, layer, heads)
+
+    RingStep.attend = attend
+    try:
+        model.step("lm", torch.zeros(1, 1, 64), state, slots, slots)
+    finally:
+        RingStep.attend = original
+    assert seen == [0]
