@@ -94,10 +94,10 @@ def listening(graph: Graph) -> Graph:
 def speaking(options: Mapping[str, Any]) -> Graph:
     """Text to speech: the inlet ``text``, and ``speak.audio`` and ``speak.said`` as fast as they are made.
 
-    options: ``voice`` and ``seed``, see ``Speak``. Raises ValueError, naming the option.
+    options: ``voice``, ``seed`` and ``arriving``, see ``Speak``. Raises ValueError, naming the option.
     """
-    _check(options, ("voice", "seed"))
-    speak = Speak(voice=options.get("voice"), seed=options.get("seed"), ahead=None)
+    _check(options, ("voice", "seed", "arriving"))
+    speak = Speak(**options, ahead=None)
     return Inlet().named("text") >> speak["text"]
 
 

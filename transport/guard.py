@@ -200,7 +200,10 @@ def _name(url: str) -> str | None:
 
 
 def _token(scope: Scope, headers: Headers) -> str | None:
-    """From ``Authorization`` (Bearer, or Deepgram's Token), a websocket subprotocol (browsers), or ``?token=``."""
+    """From ``Authorization`` (Bearer, or Deepgram's Token), Kyutai's header, a websocket subprotocol (browsers), or the
+    query: ``token``, or Kyutai's ``auth_id``."""
+    if key := headers.get("kyutai-api-key"):
+        return key
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() in ("bearer", "token") and value:
         return value.strip()
@@ -208,8 +211,8 @@ def _token(scope: Scope, headers: Headers) -> str | None:
         for prefix in ("openai-insecure-api-key.", "token."):
             if protocol.strip().startswith(prefix):
                 return protocol.strip()[len(prefix) :]
-    given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token")
-    return given[0] if given else None
+    given = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    return next((given[name][0] for name in ("token", "auth_id") if name in given), None)
 
 
 def _with_headers(send: Send) -> Send:

@@ -29,6 +29,7 @@ PROTOCOLS = (
     "protocols.deepgram",
     "protocols.twilio",
     "protocols.moshi_chat",
+    "protocols.moshi_server",
     "protocols.speech",
     "webrtc.routes",
 )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LONGEST_INPUT = 4096  # bytes
-NAMES = ("sdp", "answer", "stun", "plain", "realtime", "deepgram", "twilio", "wyoming", "ogg")
+NAMES = ("sdp", "answer", "stun", "plain", "realtime", "deepgram", "twilio", "wyoming", "ogg", "moshi")
 CODE = "antiphon.transport", "antiphon.codecs.ogg", "aiortc.sdp", "aioice"
 
 

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl
 
+import msgpack
 import numpy as np
 from aioice import Candidate, Connection
 from aioice.ice import StunProtocol
@@ -27,7 +28,7 @@ from antiphon.pipelines.clock import running_clock
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.stage import Context, Inlet, Input, stage
 from antiphon.transport.call import Call, CallError
-from antiphon.transport.protocols import common, deepgram, plain, twilio, wyoming
+from antiphon.transport.protocols import common, deepgram, moshi_server, plain, twilio, wyoming
 from antiphon.transport.protocols.realtime import Realtime
 from antiphon.transport.service import ConnectionLost, Service
 from antiphon.transport.webrtc import ice
@@ -280,6 +281,17 @@ def deepgram_message(data: bytes) -> None:
             continue
 
 
+def moshi_message(data: bytes) -> None:
+    """A message to Kyutai's Rust server, of either kind, and its sound: ValueError or nothing."""
+    reader = OggOpusReader(moshi_server.RATE, trim=False)
+    for kinds in (moshi_server.HEARD, moshi_server.SPOKEN):
+        try:
+            for pcm in moshi_server.sound(moshi_server.unpack(data, kinds), reader):
+                assert np.isfinite(pcm).all()
+        except ValueError as error:
+            common.refusal(error)
+
+
 class Lines:
     """A websocket whose client sends lines, then closes; it stands in for ``Socket``."""
 
@@ -363,6 +375,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "twilio": twilio_messages,
     "wyoming": wyoming_events,
     "ogg": ogg,
+    "moshi": moshi_message,
 }
 
 SHORT_PRIORITY = struct.pack("!HHH2x", 0x24, 2, 1)
@@ -374,6 +387,13 @@ TWILIO_START = (
 )
 
 SEEDS: dict[str, list[bytes]] = {
+    "moshi": [
+        msgpack.packb({"type": "Audio", "pcm": [0.0, -1.0, float("inf")]}, use_single_float=True),
+        msgpack.packb({"type": "OggOpus", "data": [79, 103, 103, 83]}),
+        msgpack.packb({"type": "Marker", "id": 1}),
+        msgpack.packb({"type": "Text", "text": "so be it"}),
+        b"\x91" * 1000,
+    ],
     "ogg": [b"", b"OggS", b"\x02OpusHead\x01\x01\x38\x01\x80\xbb\0\0\0\0\0", b"\0\x78\x07\xff", b"\x01\xff\xff\xff"],
     "sdp": [b"", offer().encode()],
     "answer": [b"", b"T\xee\x7f\xff\x00p\xffP}w", bytes([0, 9, 0, 0]), bytes([4, 12, 7, 65, 1, 20, 2, 0])],

@@ -90,6 +90,8 @@ def test_tokens_where_a_secret_is_set() -> None:
         assert one.get("/x", headers={"authorization": f"Bearer {good}"}).status_code == 200
         assert one.get("/x", headers={"authorization": f"Token {good}"}).status_code == 200
         assert one.get("/x", params={"token": good}).status_code == 200
+        assert one.get("/x", headers={"kyutai-api-key": good}).status_code == 200
+        assert one.get("/x", params={"auth_id": good}).status_code == 200
         with one.websocket_connect(
             "ws://localhost:8000/ws", subprotocols=["realtime", f"openai-insecure-api-key.{good}"]
         ) as websocket:
@@ -102,6 +104,7 @@ def test_tokens_where_a_secret_is_set() -> None:
     ):
         answer = one.get("/x", headers={"authorization": f"Bearer {bad}"})
         assert answer.status_code == 401
+        assert one.get("/x", headers={"kyutai-api-key": bad}).status_code == 401
         assert bad == "x" or bad not in answer.text
 
 
