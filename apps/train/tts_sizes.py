@@ -60,10 +60,10 @@ FLOW = FlowConfig(
     feedforward=768,
     layers=4,
     up_layers=2,
-    channels=128,
-    unet_heads=4,
+    channels=160,
+    unet_heads=5,
     unet_head_width=32,
     stage_blocks=1,
-    middle_stages=6,
+    middle_stages=4,
 )
-VOCODER = HiFTConfig(width=192, pitch_width=192)
+VOCODER = HiFTConfig(width=192, pitch_width=192, dilations=(1, 3))
