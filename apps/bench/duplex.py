@@ -7,6 +7,8 @@ old as the model looks back. A frame is the whole of it: Mimi's encoder, tempora
 - *capacity*: the most sessions whose p99 latency, from the scheduled end of each frame, stays below 80 ms with at most
   1 % of the frames late and none lost, found by bisection, open loop on the media clock with seeded phases and jitter.
 - *unbatched*: the same with batches of one.
+- *answers*: the share of tokens that a session in a full batch has in common with the same session alone, each going on
+  from its own. In float32 on the CPU that is all of them; elsewhere a batch rounds in its own way.
 - *floor*: the time that the bytes, the operations and the launches of a frame need at the device's measured rates.
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -40,13 +43,15 @@ from ...models.moshi.lm import MoshiLM
 from ...pipelines.duplex import Duplex
 from ...pipelines.engine import Engine, Lease
 from ...pipelines.engine.engine import default_buckets
+from ...pipelines.engine.runner import EXACT_ROWS
 from .asr import ceilings, device_name, noting, numbered
 from .common import RESULTS, write_result
 from .duplex_reference import Moshi
 from .load import run_load
 from .references import synchronize
 
-KINDS = ("frame", "references", "capacity", "unbatched", "floor")
+KINDS = ("frame", "references", "capacity", "unbatched", "answers", "floor")
+ANSWERING = 8  # sessions of a batch that are repeated alone
 NAME = "duplex"  # of the model in the engine
 JITTER = 0.01  # seconds that a frame may come later than it was complete
 NOISE = 0.1
@@ -152,6 +157,50 @@ def bench_frame(
                 seconds.append(synchronize(random.device) - begin)
             rows.append({"name": f"antiphon {_short(kv, random)}", "sessions": size, **_times(seconds)})
     return rows
+
+
+def bench_answers(
+    random: Random, kv: torch.dtype | None, sessions: int, *, frames: int, advance: Advance
+) -> dict[str, Any]:
+    """Tokens of sessions that are stepped together, beside those of the same sessions one at a time.
+
+    The engine chooses its batches as in service. first: the earliest frame of a token that differs; None for none.
+    """
+    model = random.model(kv)
+    make = make_inputs(model)
+    chosen = sorted({round(number) for number in np.linspace(0, sessions - 1, ANSWERING)})
+    smallest = 1 if random.device.type == "cuda" else EXACT_ROWS
+    with Engine(random.device, inline=True) as engine:
+        engine.add(NAME, model, slots=sessions, variants=(1,), buckets=(smallest, max(smallest, sessions)))
+
+        def said(numbers: Sequence[int]) -> NDArray[np.int64]:
+            """``[sessions, frames, streams]``."""
+            leases = [engine.open_sync(NAME) for _ in numbers]
+            for number, lease in zip(numbers, leases, strict=True):
+                torch.manual_seed(number)
+                age(lease)
+            tokens = []
+            for frame in range(frames):
+                chunks = [(lease, make(number, frame)) for number, lease in zip(numbers, leases, strict=True)]
+                tokens.append([row["sampled"].numpy() for row in engine.run_sync(chunks)])
+            for lease in leases:
+                lease.close()
+            return np.swapaxes(np.array(tokens), 0, 1)
+
+        advance(f"{sessions} sessions at once, and {len(chosen)} of them alone")
+        together = said(range(sessions))[chosen]
+        alone = np.concatenate([said([number]) for number in chosen])
+    same = together == alone
+    different = np.flatnonzero(~same.all((0, 2)))
+    return {
+        "name": _short(kv, random),
+        "sessions": sessions,
+        "alone": len(chosen),
+        "frames": frames,
+        "tokens": int(same.size),
+        "equal": round(float(same.mean()), 5),
+        "first": int(different[0]) if len(different) else None,
+    }
 
 
 def bench_references(
@@ -283,7 +332,7 @@ def floors(random: Random, kv: torch.dtype | None, counts: Sequence[int]) -> lis
     return rows
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts operations that make or change a tensor; views do neither."""
 
     def __init__(self) -> None:
@@ -313,7 +362,7 @@ def operations(model: Duplex) -> int:
     inputs = {name: spec.new(1, device) for name, spec in model.input_spec(1).items()}
     arguments = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.bool, device=device)
     model.prepare()
-    with _Operations() as counted:
+    with Operations() as counted:
         model.step(inputs, state, *arguments)
     return sum(counted.counts.values())
 
@@ -384,7 +433,7 @@ def main(arguments: Sequence[str]) -> None:
     until = time.monotonic() + 60 * options.minutes
     console = Console(stderr=True)
     numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "shape": shape}
-    numbers |= {"frame": [], "capacity": [], "floors": [], "failures": []}
+    numbers |= {"frame": [], "capacity": [], "answers": [], "floors": [], "failures": []}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("making weights", total=None)
@@ -406,6 +455,12 @@ def main(arguments: Sequence[str]) -> None:
             if "capacity" in options.kinds:
                 with noting(numbers["failures"], f"capacity, {what}"):
                     numbers["capacity"].append(search(kv, options.sessions))
+                _release(device)
+            if "answers" in options.kinds:
+                with noting(numbers["failures"], f"answers, {what}"):
+                    numbers["answers"].append(
+                        bench_answers(random, kv, max(options.batches), frames=options.frames, advance=advance)
+                    )
                 _release(device)
             if "floor" in options.kinds:
                 numbers["floors"] += floors(random, kv, options.batches)
@@ -438,6 +493,9 @@ def report(numbers: dict[str, Any], console: Console) -> None:
     for row in numbers["capacity"]:
         last = row["runs"][-1] if row["runs"] else "no run"
         console.print(f"{row['name']}: {row['held']} of {row['most']} sessions held; last run {last}")
+    for row in numbers["answers"]:
+        where = "" if row["first"] is None else f", the first other one in frame {row['first']}"
+        console.print(f"{row['name']}: {row['equal']:.2%} of {row['tokens']} tokens as alone{where}")
     for row in numbers["floors"]:
         console.print(f"floor, {row['name']}, {row['sessions']} sessions: {row['floor_ms']} ms; {row['ms']}")
 

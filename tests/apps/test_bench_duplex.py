@@ -20,7 +20,7 @@ def random() -> duplex.Random:
 
 def test_every_part_runs_and_is_written(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    kinds = ["--kinds", "frame", "references", "capacity", "unbatched", "floor"]
+    kinds = ["--kinds", "frame", "references", "capacity", "unbatched", "answers", "floor"]
     parts = [*kinds, "--batches", "1", "4", "--frames", "4", "--sessions", "2"]
     load = ["--unbatched-sessions", "1", "--seconds", "0.4", "--warm", "0.1", "--confirm", "0.5", "--device", "cpu"]
     duplex.main([*parts, *load, "--results", str(tmp_path)])
@@ -38,6 +38,10 @@ def test_every_part_runs_and_is_written(tmp_path: Path) -> None:
         assert row["held"] == max((run["sessions"] for run in row["runs"] if run["held"]), default=0)
         assert all(4 <= run["chunks"] / run["sessions"] <= 5 for run in row["runs"] if run["seconds"] == 0.4)
     assert numbers["capacity"][1]["state_bytes"] < numbers["capacity"][0]["state_bytes"]
+    for row, kind in zip(numbers["answers"], stored, strict=True):
+        assert row == {
+            "name": kind, "sessions": 4, "alone": 4, "frames": 4, "tokens": 4 * 4 * 9, "equal": 1.0, "first": None,
+        }  # fmt: skip
     full, small = numbers["floors"][1], numbers["floors"][3]
     assert (full["sessions"], small["sessions"]) == (4, 4)
     assert full["state_bytes"] == 4 * small["state_bytes"] == 2 * 60 * 2 * 64 * 4
@@ -73,6 +77,16 @@ def test_sessions_are_as_old_as_the_window(random: duplex.Random) -> None:
                 hook.remove()
                 heard.append(logits[0])
         assert not torch.equal(*heard)
+
+
+def test_answers_are_compared(random: duplex.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that have lived through the same answer the same in any batch; others do not."""
+    same = duplex.bench_answers(random, None, 9, frames=6, advance=lambda _: None)
+    assert (same["alone"], same["tokens"], same["equal"], same["first"]) == (8, 8 * 6 * 9, 1.0, None)
+    monkeypatch.setattr(torch, "manual_seed", lambda _: None)
+    other = duplex.bench_answers(random, None, 9, frames=6, advance=lambda _: None)
+    assert other["equal"] < 0.9
+    assert other["first"] == 0
 
 
 @pytest.mark.parametrize("held", [0, 1, 5, 31, 32])
