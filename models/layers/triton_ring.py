@@ -58,7 +58,8 @@ def _store(
     kept = head - QUERIES  # keys, then values
     line = slot * slot_stride + (kept.to(tl.int64) * entries + entry) * WIDTH
     value = tl.where((kept < KEYS)[:, None], turned, plain)
-    tl.store(ring + line[:, None] + lane[None, :], value.to(ring.dtype.element_ty), mask=real & (kept >= 0)[:, None])
+    kind = ring.dtype.element_ty
+    tl.store(ring + line[:, None] + lane[None, :], value.to(tl.float32).to(kind), mask=real & (kept >= 0)[:, None])
 
 
 @triton.jit
