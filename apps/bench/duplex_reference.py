@@ -57,4 +57,6 @@ class Moshi:
                 if tokens is not None:
                     self.mimi.decode(tokens[:, 1:].clamp(min=0)).cpu()
                 seconds.append(synchronize(self.device) - begin)
+                if len(seconds) == 1:  # it compiled
+                    until = time.monotonic() + SECONDS
         return seconds

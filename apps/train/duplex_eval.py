@@ -55,6 +55,7 @@ WINDOW = RATE // 50
 JOINED = int(0.5 * RATE)  # stretches of sound closer than this are one
 REPLY = int(2.0 * RATE)  # within which an answer must begin
 STOP = int(0.3 * RATE)  # within which it must end when interrupted
+BUCKETS = (16, 64, 256)  # calls that step together: few sizes, for each is captured
 PATIENCE = int(4.0 * RATE)  # after which the user gives up waiting for an answer
 WHOLE = 0.8  # share of an answer's length that must be heard for it to have gone on
 
@@ -108,7 +109,8 @@ class Model:
     def __init__(self, model: duplex.Duplex, calls: int, device: str) -> None:
         self.model = model
         self.engine = Engine(device, inline=True)
-        self.engine.add("talk", model, slots=calls, variants=[1], exact=False)
+        buckets = [min(calls, size) for size in BUCKETS]
+        self.engine.add("talk", model, slots=calls, variants=[1], buckets=buckets, exact=False)
         self.silent = (model.lm.config.padding, model.lm.config.end_padding)
         self._calls: dict[int, tuple[Lease, dict[str, NDArray[np.generic]]]] = {}
 
@@ -125,6 +127,12 @@ class Model:
             piece = self.model.tokenizer.pieces[token].replace(WORD_START, " ") if known else ""
             made.append((row["pcm"].numpy(), piece))
         return made
+
+    def hang_up(self) -> None:
+        """End all calls; the next have numbers of their own."""
+        for lease, _ in self._calls.values():
+            lease.close()
+        self._calls.clear()
 
     def close(self) -> None:
         self.engine.close()
@@ -425,16 +433,17 @@ def measure(
     console = Console()
     spoken = Bank(bank)
     results: dict[str, Any] = {}
+    partner = Model(duplex.load(model, device=device, dtype=torch.float32), calls * len(KINDS), device)
     for number, (name, (part, held_out)) in enumerate(track(SETS.items(), "calling", console=console)):
         cast = Cast(spoken, part, held_out)
         if not cast.asked:
             console.print(f"left out, for the bank has no such question: {name}")
             continue
-        partner = Model(duplex.load(model, device=device, dtype=torch.float32), calls * len(cast.kinds()), device)
         results[name], made = evaluate(partner, cast, calls, seed + 1000 * number)
-        partner.close()
+        partner.hang_up()
         if samples is not None:
             record(samples / name.replace(", ", "-").replace(" ", "_"), made, each)
+    partner.close()
     numbers = {"sets": results, "calls": calls, "seed": seed}
     write_result(out.stem, command_line("antiphon.apps.train.duplex_eval", sys.argv[1:]), numbers, out.parent)
     console.print("\n".join(table(numbers)))
