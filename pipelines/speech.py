@@ -5,7 +5,7 @@ its own, so that one session's tokens are written while another's frames are dra
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -21,13 +21,15 @@ from ..models.cosyvoice.lm_config import Burst
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.voice import Voice
 from ..models.streaming import Specs, State, StreamingModel
-from .engine import Engine
+from .engine import Engine, default_buckets
+from .engine.runner import EXACT_ROWS
 from .graph import did_you_mean
 
 Part = Literal["lm", "flow", "vocoder"]
 
 PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
 TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
+MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
 
 
 class Tokenizes(Protocol):
@@ -132,13 +134,23 @@ class Speech:
         """The models by part."""
         return {"lm": self.reader, "flow": self.flow, "vocoder": self.vocoder}
 
-    def install(self, engine: Engine, name: str = "speak", *, slots: int, **options: Any) -> None:
+    def install(
+        self,
+        engine: Engine,
+        name: str = "speak",
+        *,
+        slots: int,
+        buckets: Mapping[Part, Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
         """Add the models to an engine, as ``name.lm``, ``name.flow`` and ``name.vocoder``. Blocks.
 
-        slots: sessions. options: as of ``Engine.add``.
+        slots: sessions. buckets: batch sizes of each; by default powers of two, the flow's and the vocoder's few, so
+        that nobody waits long for a step of others. options: as of ``Engine.add``.
         """
         for part, model in self.parts.items():
-            engine.add(f"{name}.{part}", model, slots=slots, **{"tick": TICKS[part]} | options)
+            sizes = buckets[part] if buckets else default_buckets(min(MOST[part], max(slots, EXACT_ROWS)))
+            engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **{"tick": TICKS[part]} | options)
 
     def register(self, engine: Engine, name: str, voice: Voice) -> None:
         """Make a voice known under a name, in the engine's thread, where the models must be by now. Blocks.

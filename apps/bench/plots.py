@@ -200,3 +200,34 @@ def _parts(axis: Axes, arms: dict[str, Any], promised: float) -> None:
     axis.set_ylim(-0.5, len(names))
     axis.set_xlabel("ms from mouth to ear (strokes: each chirp)")
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+
+
+def plot_speech(path: Path) -> Path:
+    """Milliseconds to first audio, alone beside upstream's and by the number of streams."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    figure, (alone, load) = pyplot.subplots(1, 2, figsize=(12.8, 4.6), layout="constrained")
+    rows = [(shape["name"], row) for shape in numbers["shapes"] for row in shape["first"]]
+    labels = [f"{row['name']}\n{name}" for name, row in rows]
+    bars = alone.bar(labels, [row["ms"] for _, row in rows], color=COLOURS["antiphon"])
+    alone.bar_label(bars, [f"{row['ms']:.0f} ms" for _, row in rows], fontsize=8, padding=1)
+    alone.set_ylabel("median ms from text to first samples, alone")
+    for index, shape in enumerate(shape for shape in numbers["shapes"] if "load" in shape):
+        colour = pyplot.get_cmap("viridis")(index / 2)
+        runs = sorted((run for run in shape["load"]["runs"] if run["utterances"]), key=lambda run: run["sessions"])
+        label = f"{shape['name']}: {shape['load']['held']} streams held"
+        for key, style, name in (("p99_ms", "o-", label), ("p50_ms", "o:", None)):
+            load.plot([run["sessions"] for run in runs], [run[key] for run in runs], style, color=colour, label=name)
+        load.axhline(shape["load"]["limit_ms"], color=GREY, linewidth=0.6, linestyle="dashed")
+    load.set_yscale("log")
+    load.set_xlabel("streams in real time")
+    load.set_ylabel("ms to first audio: p99, dotted p50")
+    if load.get_legend_handles_labels()[0]:
+        load.legend(frameon=False, fontsize=8)
+    for axis in (alone, load):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Speech synthesis on {numbers['device']}, {numbers['dtype'].removeprefix('torch.')}")
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target

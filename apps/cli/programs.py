@@ -12,6 +12,7 @@ BENCHMARKS = {
     "asr": "streaming recognition: step time, sessions in real time, beside other implementations",
     "duplex": "full-duplex dialogue: a frame's time, sessions in real time, beside the moshi package",
     "runtime": "what the graph itself costs a chunk",
+    "speech": "speech synthesis: first audio, streams in real time, beside upstream's own serving",
     "transport_loss": "speech over a network that loses packets, beside aiortc's own receiver",
     "transport_peers": "mouth to ear through an echo, and how many peers a core carries, beside aiortc alone",
 }
