@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 
 LONGEST = 400
-_CLOSERS = "\"'\u201d\u2019)\\]\u00bb\u300d\u300f\uff09\u3011"
+CLOSERS = "\"'\u201d\u2019)\\]\u00bb\u300d\u300f\uff09\u3011"
 _OPENERS = "\"'\u201c\u2018([\u00ab\u300c\u300e\uff08\u3010*_"
 _END = re.compile(
-    rf"(?P<wide>[\u3002\uff01\uff1f\uff1b]+)[{_CLOSERS}]*|(?P<stops>[.!?\u2026]+)(?P<closers>[{_CLOSERS}]*)|\n"
+    rf"(?P<wide>[\u3002\uff01\uff1f\uff1b]+)[{CLOSERS}]*|(?P<stops>[.!?\u2026]+)(?P<closers>[{CLOSERS}]*)|\n"
 )
 _NEXT = re.compile(rf"\s*[{re.escape(_OPENERS)}]*(?P<start>[^\s])?")
 _ITEM = re.compile(r"[ \t]*(?:\n|(?:[-*\u2022\u2013]|\d+[.)]|#+)\s)")
@@ -125,6 +125,13 @@ class Sentences:
         part = self._text[: self._longest]
         clauses = [match.end() for match in _CLAUSE.finditer(part)]
         return clauses[-1] if clauses else part.rfind(" ") + 1 or len(part)
+
+
+def ended(text: str) -> bool:
+    """Whether a sentence ends with this text, if what follows begins like one."""
+    sentences = Sentences()
+    sentences.push(f"{text.rstrip()} Next")
+    return sentences.finish() == ["Next"]
 
 
 def _tidy(text: str) -> str:

@@ -46,21 +46,25 @@ _MARKUP = re.compile(
 )
 _PLAIN = str.maketrans({"\u2019": "'", "\u2018": "'", "\u2011": "-", "\u2212": "-", "\u00a0": " ", "\u202f": " "})
 _KEPT = "\n\t\u00b0"
+WIDE = "[\u3040-\u30ff\u3400-\u9fff]"
+"""A letter of a script without spaces: kana or Han."""
+_WIDE = re.compile(WIDE)
 
 
 def spoken(text: str, language: str = "en") -> str:
-    """The text as words. language: as num2words names it ("en", "de", "pt_BR"); others keep their numbers.
+    """The text as words. language: as num2words names it ("en", "de", "pt_BR"); others keep their numbers, and so do
+    Chinese and Japanese.
 
     What looks like a model's special token (``[laughter]``, ``<strong>``) stays.
     """
     text = unicodedata.normalize("NFC", text).translate(_PLAIN)
     text = _MARKUP.sub("", _ADDRESS.sub(r"\1", _LINK.sub(r"\1", text)))
     text = "".join(mark for mark in text if mark in _KEPT or unicodedata.category(mark) not in ("So", "Cf", "Cc"))
-    if language.startswith("en"):
+    if not language.startswith("en"):
+        text = _elsewhere(text, language)
+    elif _WIDE.search(text) is None:
         for pattern, say in _ENGLISH:
             text = pattern.sub(say, text)
-    else:
-        text = _elsewhere(text, language)
     return re.sub(r"[ \t]+", " ", text).strip()
 
 
@@ -154,9 +158,10 @@ def _apart(match: Match) -> str:
 
 
 _NAMES = "|".join(f"{name[:3]}(?:{name[3:]})?" if name != "May" else name for name in _MONTHS)
-_MONTH = rf"\b(?P<month>{_NAMES}|Sept)\b\.?"
+MONTHS = f"{_NAMES}|Sept"
+_MONTH = rf"\b(?P<month>{MONTHS})\b\.?"
 _AMOUNT = rf"(?P<amount>{_NUMBER})(?: ?(?P<scale>k|m|bn|tn|hundred|thousand|million|billion|trillion)\b)?"
-_SIGN = "[" + "".join(_MONEY) + "]"
+SIGN = "[" + "".join(_MONEY) + "]"
 _HOUR = r"\b(?P<hour>[01]?\d|2[0-3])"
 _HALF = r" ?(?P<half>[AaPp])(?:\.[Mm]\.(?!\s+[A-Z]|\s*\Z)|\.?[Mm](?![A-Za-z]))"
 
@@ -167,8 +172,8 @@ _ENGLISH: tuple[tuple[re.Pattern[str], Callable[[Match], str]], ...] = tuple(
         (r"\betc\.(?=\s+[A-Z]|\s*\Z)", lambda match: "et cetera."),
         (r"(?<!\w)(?:" + "|".join(map(re.escape, _SHORT)) + ")", lambda match: _SHORT[match.group()]),
         (r"\b[Nn]o\. ?(?=\d)|#(?=\d)", lambda match: "number "),
-        (rf"(?P<before>{_SIGN}) ?{_AMOUNT}", _money),
-        (rf"(?P<amount>{_NUMBER}) ?(?P<after>{_SIGN})", _money),
+        (rf"(?P<before>{SIGN}) ?{_AMOUNT}", _money),
+        (rf"(?P<amount>{_NUMBER}) ?(?P<after>{SIGN})", _money),
         (r"\b(?P<y>\d{4})-(?P<m>0[1-9]|1[0-2])-(?P<d>[0-2]\d|3[01])\b",
          lambda match: _day(_MONTHS[int(match["m"]) - 1], match["d"], match["y"])),
         (r"\b(\d{1,2})/(\d{1,2})/(\d{4})\b", _numeric_date),

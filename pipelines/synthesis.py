@@ -11,7 +11,6 @@ and the seed alone.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from ..models.cosyvoice.flow_config import TOKEN_SECONDS
 from ..models.cosyvoice.flow_hops import Hop, Hops
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.stream import TextStream
+from .arriving import Arrived, Arriving
 from .chunk import Word
 from .sentences import Sentences
 from .speech import PARTS, Part, Speech
@@ -36,11 +36,10 @@ from .spoken import spoken
 
 LEAD = 250  # speech tokens that may be written before frames of them are drawn
 LONGEST_SENTENCE = 240  # characters
-ENOUGH = 160  # characters of arriving text after which a sentence's end ends the passage
+ENOUGH = 160  # characters of arriving text after which a sentence's end ends the passage; a line's ends it at once
+CLAUSES = (",", ";", ":", "\u2014", "\uff0c", "\u3001", "\uff1a", "\uff1b")
 SECONDS_A_CHARACTER = 0.065  # of speech, where its length is not known yet
 
-_WORD = re.compile(r"\S+\s+")
-_ENDS = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)]*\s+\Z")
 _SEEDS = 2**62
 
 
@@ -80,6 +79,8 @@ class _Passage:
     stream: TextStream
     hops: Hops
     seed: int
+    read: int = 0  # tokens of arriving text
+    spaced: bool = False  # it ends with a space
     tokens: int = 0  # written
     waiting: deque[Hop] = field(default_factory=deque)  # for the flow
     frames: list[Tensor] = field(default_factory=list)  # not yet cut into blocks
@@ -108,9 +109,9 @@ class Synthesis:
     """One utterance.
 
     voice: a registered one's name; None for the first. seed: of all that is drawn. arriving: speak text as it arrives,
-    a few words behind it, instead of sentence by sentence; it is then put into words one word at a time. schedule: of
-    the hops, see ``Hops``; by default all that the flow has steps for, the shortest first. sampling: how speech tokens
-    are drawn, by default as the model asks for; its seed is not used. Raises ValueError.
+    a few words behind it (see ``Arriving``), instead of sentence by sentence. schedule: of the hops, see ``Hops``; by
+    default all that the flow has steps for, the shortest first. sampling: how speech tokens are drawn, by default as
+    the model asks for; its seed is not used. Raises ValueError.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Synthesis:
         self._sampling = sampling or speech.reader.sampling
         self.cut = 0  # passages that ended because the models could hold no more of them
         self._sentences = Sentences(longest=LONGEST_SENTENCE)
-        self._words = ""  # of arriving text: a word that may still grow
+        self._arriving = Arriving(speech.reader.language)
         self._open: _Passage | None = None  # takes arriving text
         self._passages: list[_Passage] = []
         self._at: dict[Part, int] = dict.fromkeys(PARTS, 0)  # the passage each part is at
@@ -153,18 +154,16 @@ class Synthesis:
             for sentence in self._sentences.push(text):
                 self._say(sentence)
             return
-        self._words += text
-        while (found := _WORD.match(self._words.lstrip())) is not None:
-            self._words = self._words.lstrip()[found.end() :]
-            self._arrive(found.group())
+        for words in self._arriving.push(text):
+            self._arrive(words)
 
     def finish(self) -> None:
         """There is no more text."""
         self._finished = True
         for sentence in self._sentences.finish():
             self._say(sentence)
-        if last := self._words.strip():
-            self._arrive(last)
+        for words in self._arriving.finish():
+            self._arrive(words)
         self._close()
 
     @property
@@ -188,16 +187,27 @@ class Synthesis:
         if any(character.isalnum() for character in words):
             self._add(sentence, tokens)
 
-    def _arrive(self, word: str) -> None:
-        text = spoken(word, self.speech.reader.language)
-        if not text:
+    def _arrive(self, words: Arrived) -> None:
+        """Words for the open passage, or for one that they begin."""
+        if not words.said:
             return
-        if self._open is None:
-            self._open = self._add("", None)
-        passage = self._open
-        passage.stream.push(self.speech.reader.tokenizer.encode(f" {text}" if passage.text else text))
-        passage.text = f"{passage.text} {word.strip()}" if passage.text else word.strip()
-        if len(passage.text) >= ENOUGH and _ENDS.search(word):
+        encode, passage = self.speech.reader.tokenizer.encode, self._open
+        space = " " if passage is not None and passage.spaced else ""
+        tokens = encode(space + words.said)
+        if passage is not None and passage.read + len(tokens) > self.speech.reader.lm.config.passage:
+            self._close()
+            passage, space, tokens = None, "", encode(words.said)
+        if passage is None:
+            if not any(character.isalnum() for character in words.said):
+                return
+            self._open = passage = self._add("", None)
+        passage.stream.push(tokens)
+        passage.read += len(tokens)
+        written = " ".join(words.written.split())
+        passage.text, passage.spaced = passage.text + space + written, words.written[-1:].isspace()
+        length = len(passage.text)
+        clause = written.endswith(CLAUSES)
+        if (words.ends and (words.line or length >= ENOUGH)) or (clause and length >= LONGEST_SENTENCE):
             self._close()
 
     def _close(self) -> None:

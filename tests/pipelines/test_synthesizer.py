@@ -24,7 +24,7 @@ from antiphon.models.cosyvoice.voice import Voice
 from antiphon.models.files import CheckpointError
 from antiphon.pipelines.engine import AtCapacity
 from antiphon.pipelines.speech_checkpoint import load
-from antiphon.pipelines.synthesis import Piece, Synthesis, timings
+from antiphon.pipelines.synthesis import LONGEST_SENTENCE, Piece, Synthesis, timings
 from antiphon.pipelines.synthesizer import Synthesizer
 
 Samples = NDArray[np.float32]
@@ -88,6 +88,38 @@ def test_arriving_text_is_spoken_before_it_has_ended(models: Synthesizer) -> Non
         lease.close()
     assert len(sound(pieces)) > RATE
     assert not made.done
+
+
+def test_arriving_text_is_read_as_it_is_said(models: Synthesizer) -> None:
+    """In passages that end with a line's sentence, with a sentence late enough, or where there is room for no more."""
+
+    def read(*pieces: str) -> list[tuple[str, str]]:
+        """What each passage is called, and what the language model reads of it."""
+        made = Synthesis(models.speech, "ada", arriving=True)
+        for piece in pieces:
+            made.push(piece)
+        made.finish()
+        tokenizer, first = models.speech.reader.tokenizer, LM.text_id(0)
+        prompt = len(models.speech.reader.voice("ada").prompt_text)
+        return [
+            (passage.text, tokenizer.decode([token - first for token in passage.stream._text[prompt:]]))
+            for passage in made._passages
+        ]
+
+    assert read("It costs $3", ".", "50 on March", " 3", ", it was") == [
+        ("It costs $3.50 on March 3, it was", "It costs three dollars and fifty cents on March third, it was")
+    ]
+    assert read("So be it. \nAnd", " so on.\n\nYes") == [("So be it.",) * 2, ("And so on.",) * 2, ("Yes",) * 2]
+    assert read("\u2026 ", "\u2014", " so \U0001f600 ") == [("so", "so")]
+    assert read("\u4f60\u597d\uff0c\u4f60\u597d 3") == [("\u4f60\u597d\uff0c\u4f60\u597d 3",) * 2]
+    sentence = "it was the best of times. "
+    assert [len(text) for text, _ in read(sentence * 10)] == [181, 77]
+    clauses = [text for text, _ in read("so, " * 100)]
+    assert all(text.endswith(",") and len(text) < LONGEST_SENTENCE + 4 for text in clauses)
+    tokens = [len(models.speech.reader.tokenizer.encode(said)) for _, said in read("qk " * 100)]
+    assert len(tokens) > 2
+    assert max(tokens) <= LM.passage
+    assert sum(tokens) == 300 - len(tokens)  # no space before the first word
 
 
 def test_the_seed_and_the_voice_change_the_sound(models: Synthesizer) -> None:
