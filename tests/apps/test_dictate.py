@@ -21,11 +21,10 @@ from antiphon.pipelines.served import GRAPHS
 
 from . import test_listen
 from .test_listen import Antiphon
-from .test_serve_converse import saved
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 from test_dictate import SPEECH_TO_TEXT
-from tiny_duplex import tiny_lm, tiny_mimi, tokenizer_bytes
+from tiny_duplex import tiny_lm, tiny_mimi, tokenizer_bytes, write_smallest
 from tiny_moshi import SETTINGS
 
 RATE = 24000
@@ -105,4 +104,4 @@ def test_which_models_write(model: Path, tmp_path: Path) -> None:
     assert writes("stt-2.6b-en")
     assert not writes("moshiko")
     assert not writes(None)
-    assert not writes(str(saved(tmp_path)))
+    assert not writes(str(write_smallest(tmp_path)))

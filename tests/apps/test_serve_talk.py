@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
-import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +17,8 @@ import pytest
 from websockets.asyncio.client import connect
 
 from antiphon.apps.cli import main
+
+from .running import server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "transport" / "protocols"))
@@ -35,42 +33,11 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("speech") / "tiny")
 
 
-# A machine that is busy with other tests shall not refuse: admission has tests of its own.
-SERVE = """
-from antiphon.apps.cli import main
-from antiphon.pipelines.engine import Engine
-Engine.__init__.__kwdefaults__["limit"] = 1e9
-main()
-"""
-
-
 @pytest.fixture(scope="module")
 def port(speech: Path, checkpoint: Path) -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number: int = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVE, "serve", "--port", str(number), "--model", str(checkpoint)]
-    command += ["--graph", "talk", "--speech-model", str(speech), "--voice", "ada", "--device", "cpu"]
-    command += ["--max-sessions", "2"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        until = time.monotonic() + 180
-        while not ready(number):
-            assert process.poll() is None, "the server ended before it was ready"
-            assert time.monotonic() < until, "the server did not become ready"
-            time.sleep(0.1)
+    models = ("--model", checkpoint, "--speech-model", speech, "--voice", "ada")
+    with server("--graph", "talk", *models, "--max-sessions", 2) as number:
         yield number
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as response:
-            return bool(response.status == 200)
-    except urllib.error.URLError:
-        return False
 
 
 def test_it_says_back_what_it_understood(port: int) -> None:

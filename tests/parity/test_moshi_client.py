@@ -1,4 +1,4 @@
-"""Kyutai's own client, unmodified, at our ``/api/chat``: ``moshi.client.Connection`` with a sound card of threads."""
+"""Kyutai's own client, unmodified, at ``antiphon serve``: ``moshi.client.Connection`` with a sound card of threads."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ import sys
 import threading
 import time
 import types
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from antiphon.pipelines.engine import Engine
-from antiphon.pipelines.served import converse
-from antiphon.transport.protocols.moshi_chat import routes
-from antiphon.transport.service import Service
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "transport" / "protocols"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "apps"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from serving import serving
-from tiny_duplex import smallest_duplex
+from running import server
+from tiny_duplex import write_smallest
 
 pytestmark = pytest.mark.parity
 aiohttp = pytest.importorskip("aiohttp", reason="needs the parity extra: aiohttp")
@@ -96,10 +91,10 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine("cpu") as made:
-        made.add("converse", smallest_duplex(), slots=8)
-        yield made
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = write_smallest(tmp_path_factory.mktemp("model"))
+    with server("--graph", "converse", "--model", folder, "--max-sessions", 8) as port:
+        yield f"http://127.0.0.1:{port}/api/chat?text_seed=1&audio_seed=2"
 
 
 @pytest.fixture
@@ -108,14 +103,6 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("sphn", reason="needs sphn, with moshi==0.2.13 installed with --no-deps")
     monkeypatch.setitem(sys.modules, "sounddevice", types.ModuleType("sounddevice"))
     return pytest.importorskip("moshi.client", reason="needs moshi==0.2.13, installed with --no-deps")
-
-
-@asynccontextmanager
-async def listening(engine: Engine) -> AsyncIterator[str]:
-    service = Service(converse, engine)
-    async with serving(routes(service)) as host:
-        yield f"http://{host}/api/chat?text_seed=1&audio_seed=2"
-        await service.close()
 
 
 async def converse_with(client: Any, url: str, card: Card) -> str:
@@ -135,11 +122,10 @@ async def converse_with(client: Any, url: str, card: Card) -> str:
 
 
 @pytest.mark.parametrize("clients", [1, 8])
-def test_kyutais_client_converses(engine: Engine, client: Any, clients: int) -> None:
+def test_kyutais_client_converses(client: Any, url: str, clients: int) -> None:
     async def run() -> tuple[list[Card], list[str]]:
         cards = [Card() for _ in range(clients)]
-        async with listening(engine) as url:
-            return cards, await asyncio.gather(*(converse_with(client, url, card) for card in cards))
+        return cards, await asyncio.gather(*(converse_with(client, url, card) for card in cards))
 
     cards, printed = asyncio.run(run())
     assert [card.non_silent >= ENOUGH for card in cards] == [True] * clients, [card.non_silent for card in cards]

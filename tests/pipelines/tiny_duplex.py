@@ -11,13 +11,15 @@ from typing import Any
 import sentencepiece
 import torch
 
+from antiphon.codecs import mimi_checkpoint
 from antiphon.codecs.mimi import Mimi
 from antiphon.codecs.mimi_config import MimiConfig
 from antiphon.models.conformer.tokenizer import Source, Tokenizer
+from antiphon.models.moshi import checkpoint
 from antiphon.pipelines.duplex import Duplex
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "moshi"))
-from tiny_moshi import CARD, TEXT, tiny_lm
+from tiny_moshi import CARD, SETTINGS, TEXT, tiny_lm
 
 MIMI: dict[str, Any] = {
     "channels": 2,
@@ -97,3 +99,11 @@ SMALLEST_MIMI: dict[str, Any] = {
 def smallest_duplex(ratios: tuple[int, ...] = (32, 30)) -> Duplex:
     """As few operations as there can be: one codebook each way. ratios: half the samples of a frame, in stages."""
     return tiny_duplex(mimi=SMALLEST_MIMI | {"ratios": ratios}, **SMALLEST)
+
+
+def write_smallest(folder: Path) -> Path:
+    """``smallest_duplex`` as files."""
+    checkpoint.save(folder, tiny_lm(**SMALLEST), SETTINGS | SMALLEST)
+    mimi_checkpoint.save(folder / "mimi", tiny_mimi(ratios=(32, 30), **SMALLEST_MIMI))
+    (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
+    return folder
