@@ -51,6 +51,9 @@ LM = LMConfig(
     feedforward=1024,
     theta=10000.0,
     capacity=1024,
+    mix=(12, 15),
+    extent=(0.6, 8.0),
+    passage=160,
 )
 FLOW = FlowConfig(
     vocabulary=TOKENIZER.vocabulary,
