@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from ..streaming import Specs, State, TensorSpec
 from .flow_config import RATE, FlowConfig, FlowLimits
 
+ALIGNED = 16  # a mask's lines begin at multiples of so many values
+
 
 class Context(Protocol):
     """What a layer asks for. ``n`` is positions of the input, ``m`` positions that may be attended."""
@@ -56,13 +58,16 @@ class Mask:
         key = torch.arange(positions, device=device)
         if self.chunk is None:
             return torch.ones(positions, positions, dtype=torch.bool, device=device)
-        cuts = {*range(0, positions // rate + self.chunk + 1, self.chunk), *self.calls}
-        edges = torch.tensor(sorted(cuts), device=device) * rate
-        segment = torch.bucketize(key, edges, right=True)
-        allowed = key < edges[segment][:, None]
+        first = key // (self.chunk * rate) * (self.chunk * rate)
+        end = first + self.chunk * rate
+        for call in self.calls:
+            before = key < call * rate
+            first = torch.where(before, first, first.clamp_min(call * rate))
+            end = torch.where(before, end.clamp_max(call * rate), end)
+        allowed = key < end[:, None]
         if self.left is not None:
-            first = edges[segment - 1][:, None]
-            allowed = allowed & ((key >= first - self.left * rate // RATE) | (key < self.shared * rate))
+            seen = key >= first[:, None] - self.left * rate // RATE
+            allowed = allowed & (seen | (key < self.shared * rate))
         return allowed
 
 
@@ -160,8 +165,9 @@ class Call:
 class Cached:
     """One call of ``B`` sessions through one pass of a network; rows are ``B * branches``, a session's side by side.
 
-    Attention reads the voice's prompt from ``voices``, the session's past from its ring and the call's own positions;
-    ``commit`` writes the convolutions' tails once the pass is through.
+    Attention reads the voice's prompt from ``voices``, the session's past from its ring and the call's own positions:
+    the first two are fetched for all layers at once, and ``commit`` writes what the rings and the convolutions keep
+    once the pass is through.
     """
 
     def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
@@ -189,20 +195,29 @@ class Cached:
         )
         # No softmax is empty, not even that of a row without positions.
         allowed = allowed | (call.count == 0)[:, None, None]
-        self.bias = _bias(allowed, state[shape.tails].dtype).repeat_interleave(shape.branches, 0)
+        dtype = state[shape.tails].dtype
+        self.bias = _bias(allowed.repeat_interleave(shape.branches, 0), dtype)
 
         # Of positions that share a ring entry only the last is written.
         kept = (self.queries < end) & (self.queries >= end - size)
         rows = torch.where(kept, call.target[:, None], call.scratch)
         branch = torch.arange(shape.branches, device=device)[:, None]
-        self._write = (rows[:, None], branch, ((self.queries - shared) % size)[:, None])
+        self._write = (rows[:, None], slice(None), branch, ((self.queries - shared) % size)[:, None])
+
+        past = self._told + self._used
+        line = (2, shape.heads, shape.head_width)
+        held = (shape.layers, len(first), shape.branches, past + call.hop * rate, *line)
+        self._held = torch.empty(held, dtype=dtype, device=device)
+        _fetch(self._prompt[:, :, :, : self._told], call.voice, self._held[:, :, :, : self._told])
+        _fetch(self._ring[:, :, :, : self._used], call.slots, self._held[:, :, :, self._told : past])
+        self._new = self._held[:, :, :, past:]
 
         self._all_tails = state[shape.tails][:, index]
         fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
         begun = voices[shape.tails][:, index].index_select(0, call.voice)
         self._tails = torch.where(fresh, begun, self._all_tails.index_select(0, call.slots)).flatten(0, 1)
         self._last = (end - first + torch.arange(shape.keep, device=device)).repeat_interleave(shape.branches, 0)
-        self._next = torch.zeros_like(self._tails)
+        self._windows: list[tuple[int, Tensor]] = []  # by the first of their columns
 
     def _own(self, keys: Tensor, shared: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
         """``[B, n, m]`` bool: which of the session's own positions ``keys [B, 1, m]`` the queries may attend."""
@@ -217,25 +232,39 @@ class Cached:
         return allowed
 
     def remember(self, layer: int, keys_values: Tensor) -> Tensor:
-        ring = self._ring[:, layer]
-        prompt = self._prompt[:, layer, :, : self._told].index_select(0, self._call.voice)
-        past = ring[:, :, : self._used].index_select(0, self._call.slots)
-        new = keys_values.unflatten(0, (-1, self._shape.branches))
-        ring.index_put_(self._write, new.to(ring.dtype))
-        return torch.cat((prompt.to(new.dtype), past.to(new.dtype), new), 2).flatten(0, 1)
+        self._new[layer].copy_(keys_values.unflatten(0, (-1, self._shape.branches)))
+        return self._held[layer].flatten(0, 1)
 
     def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
         keep = self._shape.keep
         window = torch.cat((self._tails[:, keep - frames :, columns], x), 1)
-        last = self._last[:, :frames, None].expand(-1, -1, x.shape[2])
-        self._next[:, keep - frames :, columns] = window.gather(1, last)
+        self._windows.append((columns.start, window if frames == keep else F.pad(window, (0, 0, keep - frames, 0))))
         return window
 
     def commit(self) -> None:
-        """Keep what the next call's convolutions need."""
-        self._all_tails.index_copy_(0, self._call.target, self._next.unflatten(0, (-1, self._shape.branches)))
+        """Keep what the next call needs."""
+        new = self._new.to(self._ring.dtype).movedim(0, 3)
+        _words(self._ring)[self._write] = _words(new)
+        windows = torch.cat([window for _, window in sorted(self._windows, key=lambda pair: pair[0])], 2)
+        tails = windows.gather(1, self._last[..., None].expand(-1, -1, windows.shape[2]))
+        self._all_tails.index_copy_(0, self._call.target, tails.unflatten(0, (-1, self._shape.branches)))
+
+
+def _fetch(table: Tensor, rows: Tensor, into: Tensor) -> None:
+    """Rows ``[B]`` of ``table [S, layers, ...]`` into ``[layers, B, ...]``."""
+    if table.dtype == into.dtype:
+        torch.index_select(_words(table), 0, rows, out=_words(into.transpose(0, 1)))
+    else:
+        into.copy_(_words(table).index_select(0, rows).view(table.dtype).transpose(0, 1))
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same memory in words of 16 bytes, where lines are whole ones: a device moves these fastest."""
+    return x.view(torch.complex128) if x.shape[-1] * x.dtype.itemsize % 16 == 0 else x
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    """``[B, n, m]`` bool to ``[B, 1, n, m]`` as attention adds it, its lines where kernels want them."""
+    *sizes, width = allowed.shape
+    bias = torch.zeros((*sizes, -(-width // ALIGNED) * ALIGNED), dtype=dtype, device=allowed.device)[..., :width]
     return bias.masked_fill_(~allowed, -math.inf)[:, None]
