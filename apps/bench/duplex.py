@@ -356,12 +356,19 @@ def _plain(value: Any) -> bool:
 
 @torch.inference_mode()
 def operations(model: Duplex) -> int:
-    """Operations of a frame, each at least one launch: the same for any number of sessions."""
+    """Launches of a frame, the same for any number of sessions: its kernels on CUDA, elsewhere its operations, each of
+    which is at least one."""
     device = model.lm.embedding.weight.device
     state = {name: spec.new(2, device) for name, spec in model.state_spec().items()}
     inputs = {name: spec.new(1, device) for name, spec in model.input_spec(1).items()}
     arguments = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.bool, device=device)
     model.prepare()
+    if device.type == "cuda":
+        model.step(inputs, state, *arguments)  # compiles and tunes
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            model.step(inputs, state, *arguments)
+            torch.cuda.synchronize(device)
+        return int(sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0))
     with Operations() as counted:
         model.step(inputs, state, *arguments)
     return sum(counted.counts.values())
