@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..codecs.voice_clip import check
 from ..models.cosyvoice.voice import Voice
 from ..models.files import CheckpointError
 from ..pipelines.graph import did_you_mean
 from ..pipelines.speech_checkpoint import Loaded, read_clip
 
 SUFFIX = ".safetensors"
-LONGEST = 10.0
-"""Seconds of a clip: what the flow has room for beside every session."""
 
 
 def folder() -> Path:
@@ -35,10 +34,12 @@ def place(name: str) -> Path:
 
 
 def from_clip(loaded: Loaded, path: Path, *, text: str = "", name: str = "") -> Voice:
-    """Raises AudioError, ValueError for a clip of the wrong length, and CheckpointError."""
+    """Raises AudioError, ValueError for a clip of which no voice is made, and CheckpointError."""
     pcm = read_clip(path)
-    if (seconds := len(pcm) / loaded.speech.rate) > LONGEST:
-        raise ValueError(f"{path} lasts {seconds:.1f} s: cut it to between 3 and {LONGEST:g} s")
+    try:
+        check(pcm, loaded.speech.rate)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return loaded.voice_of(pcm, text=text, name=name)
 
 

@@ -5,8 +5,9 @@ its own, so that one session's tokens are written while another's frames are dra
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -17,7 +18,7 @@ from ..codecs.hift import HiFT
 from ..models.cosyvoice.flow_stream import StreamingFlow
 from ..models.cosyvoice.flow_voices import FlowVoice
 from ..models.cosyvoice.lm import SpeechLM
-from ..models.cosyvoice.lm_config import Burst
+from ..models.cosyvoice.lm_config import STARTS, TOKEN_SECONDS, Burst
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.voice import Voice
 from ..models.streaming import Specs, State, StreamingModel
@@ -134,6 +135,12 @@ class Speech:
         """The models by part."""
         return {"lm": self.reader, "flow": self.flow, "vocoder": self.vocoder}
 
+    def with_room_for(self, voices: Iterable[Voice]) -> Speech:
+        """The same networks, with tables for so many voices and prompts as long as theirs; before ``install``."""
+        lengths = [len(voice.prompt_tokens) for voice in voices]
+        limits = replace(self.flow.limits, voices=max(1, len(lengths)), prompt=max((1, *lengths)))
+        return replace(self, flow=StreamingFlow(self.flow.flow, limits, together=self.flow.together))
+
     def install(
         self,
         engine: Engine,
@@ -160,10 +167,16 @@ class Speech:
         """
         if name in self.reader.voices:
             raise ValueError(f"there is a voice {name!r} already: give another name")
-        tokens = voice.prompt_tokens.tolist()
+        tokens, lm = voice.prompt_tokens.tolist(), self.reader.lm.config
+        text = tuple(self.reader.tokenizer.encode(voice.prompt_text)) if voice.prompt_text else ()
+        least = len(text) + len(tokens) * bool(text) + STARTS + math.ceil(lm.passage * (1 + lm.extent[0]))
+        if least > lm.capacity:
+            raise ValueError(
+                f"the voice {name!r} says {len(text)} tokens of text in {len(tokens) * TOKEN_SECONDS:.1f} s: with a "
+                f"passage that is {least} tokens, a session has room for {lm.capacity}; make it of a shorter clip"
+            )
         add = partial(self.flow.add_voice, tokens, voice.prompt_mel, voice.embedding)
         made = engine.ask_sync(add)
-        text = tuple(self.reader.tokenizer.encode(voice.prompt_text)) if voice.prompt_text else ()
         self.reader.voices[name] = Registered(voice, made, text)
 
     @classmethod

@@ -266,7 +266,7 @@ def speak(
         Path | None, typer.Option("--output", "-o", help="File: .wav, .flac, .opus, .mp3; else it is played.")
     ] = None,
     voice: Annotated[
-        str | None, typer.Option(help="Name, a file of antiphon voice make, or a clip of 3 to 10 seconds.")
+        str | None, typer.Option(help="Name, a file of antiphon voice make, or a clip of 3 to 30 seconds.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another one says it another way.")] = 0,
@@ -299,7 +299,7 @@ app.add_typer(voices, name="voice")
 
 @voices.command("make")
 def make_voice(
-    clip: Annotated[str, typer.Argument(help="A recording of 3 to 10 seconds of one speaker.", metavar="CLIP")],
+    clip: Annotated[str, typer.Argument(help="A recording of 3 to 30 seconds of one speaker.", metavar="CLIP")],
     output: Annotated[str, typer.Option("--output", "-o", help="A name, or a .safetensors file.")],
     text: Annotated[str, typer.Option(help="What is said in it.")] = "",
     model: Annotated[str | None, typer.Option(help="Hub name or path of the model that is to speak.")] = None,

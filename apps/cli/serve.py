@@ -220,12 +220,13 @@ def _add_speech(
 ) -> dict[str, Any]:  # fmt: skip
     """Add what speaks to the engine, with the voices of these names (none: all its own); what ``/info`` says of it."""
     main = engine.engines[0] if isinstance(engine, Engines) else engine
-    limits = FlowLimits(left=SPEECH_FRAMES, rolling=True, voices=max(8, len(names)))
+    limits = FlowLimits(left=SPEECH_FRAMES, rolling=True, voices=1, prompt=1)
     loaded = speech_checkpoint.load(model, device=main.device, limits=limits)
     chosen = [find_voice(loaded, name) for name in names] or list(loaded.voices.items()) or [find_voice(loaded, None)]
-    loaded.speech.install(main, slots=slots)
+    speech = loaded.speech.with_room_for(voice for _, voice in chosen)
+    speech.install(main, slots=slots)
     for name, voice in chosen:
-        loaded.speech.register(main, name, voice)
+        speech.register(main, name, voice)
     return {"speech_model": loaded.name, "voices": [name for name, _ in chosen]}
 
 

@@ -7,6 +7,7 @@ import codecs
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from .console import CommandError, quiet_libraries, stderr
 from .progress import progress, real_time_factor
 from .transcribe import check_device
 
-LIMITS = FlowLimits(left=1200, voices=1)
+LIMITS = FlowLimits(left=1200, voices=1, prompt=1)
 PIECE = 4096  # bytes of standard input at once
 
 
@@ -59,6 +60,7 @@ def run(
         with console.status("Loading the model"):
             loaded = speech_checkpoint.load(model, device=device, limits=LIMITS)
             name, chosen = voices.find(loaded, voice)
+        loaded = replace(loaded, speech=loaded.speech.with_room_for([chosen]))
         said = pieces() if stream_from_stdin else iter([text])
         if output is None:
             line = _play(loaded, name, chosen, device, said, speaker, seed, arriving=stream_from_stdin)

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,16 +114,21 @@ def test_text_may_come_on_standard_input(antiphon, model, tmp_path, monkeypatch)
         (("hello", "--stream-from-stdin", "-o", "out.wav"), r"give the text to speak, or --stream-from-stdin"),
         (("hello", "-o", "out.wav", "--voice", "adda"), r"no voice or file 'adda'; did you mean 'ada'\?"),
         (("hello", "-o", "out.wav", "--device", "tpu"), r"no device 'tpu'"),
-        (("hello", "-o", "out.wav", "--voice", str(SAMPLE)), r".*two_cities\.flac lasts [\d.]+ s: cut it"),
+        (
+            ("hello", "-o", "out.wav", "--voice", "long.wav"),
+            r"long\.wav: the clip lasts 31\.0 s: cut it, a voice takes 1 to 30",
+        ),
     ],
 )
 def test_one_line_for_what_is_wrong(antiphon, model, tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
+    if "long.wav" in arguments:
+        audio_file.write(Path("long.wav"), np.resize(audio_file.read(SAMPLE, RATE), 31 * RATE), RATE)
     status, out, err = antiphon("speak", *arguments, "--model", model)
     assert (status, out) == (2, "")
     assert re.match(f"antiphon: {match}", err)
     assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not Path("out.wav").exists()
 
 
 def test_a_model_without_voices_says_how_to_make_one(antiphon, mute, tmp_path):
@@ -171,12 +177,24 @@ def test_a_voice_is_made_of_a_clip_and_spoken_with(antiphon, model, tmp_path, mo
         return loaded
 
     monkeypatch.setattr(speech_checkpoint, "load", loads)
+    status, _, err = antiphon("voice", "make", SAMPLE, "-o", "long", "--text", "it was", "--model", model)
+    assert status == 0, err
+    assert "long.safetensors: a voice of 24.5 s" in err
+    status, _, err = antiphon("speak", TEXT, "-o", output, "--model", model, "--voice", "long")
+    assert status == 2
+    assert re.match(
+        r"antiphon: the voice 'long' says \d+ tokens of text in 24\.5 s: .* make it of a shorter clip\n", err
+    )
+    said = Voice.load(voices.folder() / "long.safetensors")
+    replace(said, prompt_text="").save(voices.folder() / "long.safetensors")
+    status, _, err = antiphon("speak", TEXT, "-o", output, "--model", model, "--voice", "long")
+    assert status == 0, err
     status, _, err = antiphon("voice", "make", clip, "-o", "eve", "--text", "it was", "--model", model)
     assert status == 0, err
     assert "eve.safetensors: a voice of 1.0 s" in err
     made = Voice.load(voices.folder() / "eve.safetensors")
     assert (made.name, made.prompt_text, len(made.prompt_tokens)) == ("eve", "it was", 25)
-    assert antiphon("voice", "list")[1] == "eve\n"
+    assert antiphon("voice", "list")[1] == "eve\nlong\n"
     sounds = []
     for given in ("eve", voices.folder() / "eve.safetensors", clip):
         status, _, err = antiphon("speak", TEXT, "-o", output, "--model", model, "--voice", given)
@@ -189,8 +207,14 @@ def test_a_voice_is_made_of_a_clip_and_spoken_with(antiphon, model, tmp_path, mo
 def test_a_voice_cannot_be_made_of_everything(antiphon, model, tmp_path):
     clip = tmp_path / "clip.wav"
     audio_file.write(clip, audio_file.read(SAMPLE, RATE)[:RATE], RATE)
+    short, long, silent = (tmp_path / f"{name}.wav" for name in ("short", "long", "silent"))
+    audio_file.write(short, audio_file.read(SAMPLE, RATE)[: RATE // 2], RATE)
+    audio_file.write(long, np.resize(audio_file.read(SAMPLE, RATE), 31 * RATE), RATE)
+    audio_file.write(silent, np.zeros(5 * RATE, np.float32), RATE)
     for arguments, match in (
-        ((SAMPLE, "-o", "eve"), r".*two_cities\.flac lasts [\d.]+ s: cut it to between 3 and 10 s"),
+        ((long, "-o", "eve"), r".*long\.wav: the clip lasts 31\.0 s: cut it, a voice takes 1 to 30 s"),
+        ((short, "-o", "eve"), r".*short\.wav: the clip lasts 0\.5 s: record more, a voice takes 1 to 30 s"),
+        ((silent, "-o", "eve"), r".*silent\.wav: the clip is silent: record it louder"),
         ((clip, "-o", "eve"), r"tiny speaks with the voices it has; make voices of clips with FunAudioLLM/CosyVoice2"),
         ((clip, "-o", "eve.wav"), r"eve\.wav: a voice is written to a \.safetensors file"),
         (("missing.wav", "-o", "eve"), r"missing\.wav: no such file"),
