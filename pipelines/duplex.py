@@ -173,6 +173,10 @@ class TokenLog:
         """One step's tokens, as ``Duplex.step`` returns them for one session."""
         self._steps.append(np.concatenate((sampled.numpy(), heard.numpy())))
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._steps.clear()
+
     def blocks(self, frames: int) -> list[dict[str, NDArray[np.int64]]]:
         """Inputs of the variant ``frames`` that read the log into a fresh slot."""
         blocks = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ...codecs.resample import Resampler
 from ...models.moshi.sampling import Sampling
 from ..chunk import Audio, Chunk, Event, Stale, Text
 from ..duplex import Duplex, Monologue, TokenLog, Utterance, restart
+from ..engine import AtCapacity, EngineError, Lease, Row, Snapshot
 from ..stage import Context, Input, Stage, select, stage
 
 Out = tuple[str, Chunk]
@@ -25,10 +26,12 @@ class Converse(Stage):
 
     When to speak, to stop and to listen is the model's own affair. An interruption from outside drops what it has said
     and nobody has heard yet; the conversation goes on. ``control`` takes events: ``pause`` (hear nothing and say
-    nothing, time stands still), ``start`` (go on), ``restart`` (a new conversation), ``cancel`` (interrupt).
+    nothing, time stands still, and the place in the engine is another's: the conversation waits in the host's memory),
+    ``start`` (go on, as soon as there is a place), ``restart`` (a new conversation), ``cancel`` (interrupt).
 
     model: its name in the engine. restart_after: seconds after which the model starts over from the tokens of the last
-    ``restart_from`` seconds, every time; None leaves it to its rolling window. The other options are those of
+    ``restart_from`` seconds, every time, as it then does after a pause; None leaves it to its rolling window, and after
+    a pause it goes on exactly. The other options are those of
     ``Sampling``; what is left out is the checkpoint's own, seeds are drawn. Raises ValueError, naming the option.
     """
 
@@ -75,19 +78,20 @@ class Converse(Stage):
         if model.decoder is None:
             raise TypeError(f"the model {self.model!r} only writes: use the stage dictate")
         constant = model.inputs(dataclasses.replace(model.lm.config.sampling, **self.options))
-        lease = await ctx.open(self.model)
-        frames, said = Frames(model), _Said(model)
         kept = max(1, round(self.restart_from / model.tick(1)))
-        log = TokenLog(kept)
         restart_at = None if self.restart_after is None else round(self.restart_after / model.tick(1))
-        steps, paused = 0, False
+        place = ctx.own(_Place(ctx, self.model, model, None if restart_at is None else TokenLog(kept)))
+        await place.take()
+        frames, said = Frames(model), _Said(model)
+        paused = False
         while ready := await select(control, audio):
             chunk = ready.get_nowait()
             if isinstance(chunk, Event):
                 paused = {"pause": True, "start": False, "restart": False}.get(chunk.name, paused)
-                if chunk.name == "restart":
-                    lease.reset()
-                    steps, log = 0, TokenLog(kept)
+                if chunk.name == "pause":
+                    await place.park()
+                elif chunk.name == "restart":
+                    place.reset()
                     for text in said.end():
                         yield "said", text
                 elif chunk.name == "cancel":
@@ -95,26 +99,100 @@ class Converse(Stage):
                 continue
             if not isinstance(chunk, Audio):
                 raise TypeError(f"converse takes audio and control events, got {chunk}")
-            if paused:
+            if paused or not await place.back():
                 ctx.count("samples_paused", chunk.duration)
                 continue
             for pcm in frames.push(chunk):
-                if steps == restart_at:
-                    await restart(model, lease, log)
-                    steps = len(log)
+                if place.steps == restart_at:
+                    await place.start_over()
                 try:
-                    row = await lease.step({**constant, "pcm": pcm})
+                    row = await place.step({**constant, "pcm": pcm})
                 except Stale:
                     continue  # said after the interruption, or not at all
-                steps += 1
-                if restart_at is not None:
-                    log.add(row["sampled"], row["heard"])
                 if row["valid"]:
                     for out in said.take(row["pcm"].numpy(), int(row["text"])):
                         yield out
         for text in said.end():
             yield "said", text
         yield "audio", Audio(samples=np.zeros(0, np.float32), rate=model.rate, start=said.samples, final=True)
+
+
+class _Place:
+    """A conversation's place in the engine, which may be given away and taken again.
+
+    Meanwhile its state is kept in the host's memory; where there is a log of its tokens, that alone, which is small.
+    steps: frames since it began, or began with those tokens.
+    """
+
+    def __init__(self, ctx: Context, name: str, model: Duplex, log: TokenLog | None) -> None:
+        self._ctx, self._name, self._model, self._log = ctx, name, model, log
+        self._lease: Lease | None = None
+        self._parked: Snapshot | None = None
+        self.steps = 0
+
+    async def take(self) -> None:
+        """Take a place, and go on there. Raises AtCapacity."""
+        lease: Lease = await self._ctx.session.lease(self._ctx.engine, self._name, {})
+        try:
+            if self._parked is not None:
+                lease.restore(self._parked)
+            elif self._log is not None and self.steps:
+                await restart(self._model, lease, self._log)
+                self.steps = len(self._log)
+        except EngineError:
+            lease.close()
+            raise
+        self._lease, self._parked = lease, None
+
+    async def back(self) -> bool:
+        """Whether there is a place, taking one where it was given away."""
+        if self._lease is None:
+            try:
+                await self.take()
+            except AtCapacity:
+                self._ctx.count("starts_refused")
+        return self._lease is not None
+
+    async def park(self) -> None:
+        """Give the place away."""
+        if self._lease is not None:
+            self._parked = await self._lease.snapshot() if self._log is None else None
+            self.close()
+            self._lease = None
+
+    async def step(self, inputs: Mapping[str, Any]) -> Row:
+        """The next frame. Raises Stale."""
+        assert self._lease is not None
+        row = await self._lease.step(inputs)
+        self.steps += 1
+        if self._log is not None:
+            self._log.add(row["sampled"], row["heard"])
+        return row
+
+    async def start_over(self) -> None:
+        """Begin with the tokens that are kept. Raises ValueError where the model cannot read them."""
+        assert self._lease is not None
+        assert self._log is not None
+        await restart(self._model, self._lease, self._log)
+        self.steps = len(self._log)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.steps, self._parked = 0, None
+        if self._log is not None:
+            self._log.clear()
+        if self._lease is not None:
+            self._lease.reset()
+
+    def fence(self, epoch: int) -> None:
+        """See ``Context.own``."""
+        if self._lease is not None:
+            self._lease.fence(epoch)
+
+    def close(self) -> None:
+        """See ``Context.own``."""
+        if self._lease is not None:
+            self._lease.close()
 
 
 class Frames:

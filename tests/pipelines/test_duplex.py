@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,51 @@ def test_pause_start_and_restart() -> None:
     again = sounds(converse(sound[:10] * 2, {10: "restart"}))
     assert len(again) == 18 * FRAME
     assert np.array_equal(again[: 9 * FRAME], again[9 * FRAME :])
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_paused_conversation_gives_its_place_away(logged: bool) -> None:
+    """There is one place for two: who pauses comes back when the other one has gone."""
+    model = tiny_duplex(prefill=4)
+    options: dict[str, Any] = {"restart_after": 9.0, "restart_from": 1.0} if logged else {}
+
+    async def main() -> tuple[list[Chunk], Counter[str]]:
+        with engine(model, slots=1, clock=VirtualClock()) as models:
+
+            async def talk(session: Any, first: int, last: int) -> None:
+                for frame in range(first, last):
+                    await session.send(Audio(samples=noise(30)[frame], rate=RATE, start=frame * FRAME), "audio")
+                    await session.clock.sleep(0.08)
+
+            async def read(session: Any) -> list[Chunk]:
+                return [chunk async for chunk in session.outputs()]
+
+            async with graph(**options).session(engine=models) as one:
+                reading = asyncio.create_task(read(one))
+                await talk(one, 0, 10)
+                await one.send(Event(name="pause", rate=RATE), "control")
+                await one.clock.sleep(0.01)
+                assert models.metrics()["models"]["converse"]["used"] == 0
+                one.interrupt()
+                async with graph().session(engine=models) as two:
+                    await talk(two, 0, 3)
+                    assert models.metrics()["models"]["converse"]["used"] == 1
+                    await one.send(Event(name="start", rate=RATE), "control")
+                    await talk(one, 10, 12)
+                    two.finish()
+                    await read(two)
+                await talk(one, 12, 22)
+                assert models.metrics()["models"]["converse"]["used"] == 1
+                one.finish()
+                return await reading, one.counters
+
+    made, counters = run_virtual(main())
+    assert counters["converse.samples_paused"] == 2 * FRAME
+    assert counters["converse.starts_refused"] == 2
+    alone = sounds(converse(list(noise(30)[:10]) + list(noise(30)[12:22]), model=model))
+    assert len(sounds(made)) == len(alone) == 19 * FRAME
+    assert np.array_equal(sounds(made)[: 9 * FRAME], alone[: 9 * FRAME])
+    assert np.array_equal(sounds(made)[9 * FRAME :], alone[9 * FRAME :]) is not logged
 
 
 def test_an_interruption_does_not_end_the_conversation() -> None:
