@@ -157,9 +157,19 @@ def serve(
     ] = None,
     llm_model: Annotated[str | None, typer.Option(help="What the endpoint calls its model.")] = None,
     instructions: Annotated[str, typer.Option(help="What the language model is told first.")] = "",
+    context: Annotated[
+        float | None, typer.Option(min=1, help="Seconds that a dialogue model looks back; by default as trained.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="Its first frames of 80 ms that stay in reach for ever.")] = 0,
+    kv_fp8: Annotated[
+        bool, typer.Option("--kv-fp8", help="Keep what it looks back on in 8 bits: more calls in the same memory.")
+    ] = False,
+    restart_after: Annotated[
+        float | None, typer.Option(min=3, help="Minutes after which a dialogue starts over from its last two.")
+    ] = None,
 ) -> None:
     """Serve live captions, or another graph, to browsers (WebRTC), telephones and programs."""
-    from .serve import run
+    from .serve import Memory, run
 
     run(
         host=host,
@@ -181,6 +191,7 @@ def serve(
         llm_url=llm_url,
         llm_model=llm_model,
         instructions=instructions,
+        memory=Memory(context, sinks, kv_fp8, restart_after),
     )
 
 

@@ -7,6 +7,7 @@ import ipaddress
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ...codecs.audio_file import AudioError
 from ...models.conformer.checkpoint import CheckpointError, load
 from ...models.conformer.hub import embedded
 from ...models.cosyvoice.flow_config import FlowLimits
+from ...models.moshi.config import FRAME_RATE
 from ...models.silero import SileroVAD
 from ...pipelines import duplex, speech_checkpoint
 from ...pipelines.engine import Engine
@@ -45,7 +47,39 @@ TWILIO_TOKEN = "ANTIPHON_TWILIO_TOKEN"
 LLM_KEY = "ANTIPHON_LLM_KEY"
 INSTRUCTIONS = "You talk with someone aloud. Answer in one or two short sentences, in words only: no lists, no mark-up."
 SPEECH_FRAMES = 500  # that the flow looks back on, beside the voice's prompt: 10 s
+PREFILL = 64  # frames that a dialogue which starts over reads at once
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a dialogue model remembers. context: seconds it looks back, None as trained. sinks: first frames that stay
+    in reach. fp8: whether all that is kept in 8 bits. restart_after: minutes; None: never."""
+
+    context: float | None = None
+    sinks: int = 0
+    fp8: bool = False
+    restart_after: float | None = None
+
+    def graph(self, make: GraphMaker) -> GraphMaker:
+        """The graphs of a maker of dialogues, with these restarts. Raises CommandError for another maker."""
+        if self.restart_after is None:
+            return make
+        if make is not GRAPHS["converse"]:
+            raise CommandError("--restart-after goes with --graph converse; a graph in YAML has it as an option")
+        fixed = {"restart_after": self.restart_after * 60}
+        return lambda options: make({**options, **fixed})
+
+    def load(self, model: str, device: str, *, restarts: bool) -> duplex.Duplex:
+        """A model that remembers so. Raises CheckpointError."""
+        return duplex.load(
+            model,
+            device=device,
+            window=None if self.context is None else round(self.context * FRAME_RATE),
+            sinks=self.sinks,
+            prefill=PREFILL if restarts else 1,
+            kv_dtype=torch.float8_e4m3fn if self.fp8 else None,
+        )
 
 
 def run(
@@ -69,12 +103,14 @@ def run(
     llm_url: str | None = None,
     llm_model: str | None = None,
     instructions: str = "",
+    memory: Memory | None = None,
 ) -> None:
     """See ``antiphon serve --help``. Raises CommandError."""
+    memory = memory or Memory()
     check_device(device)
     rules = _rules(host, tls_cert, tls_key, insecure, proxies, origins)
     service = Service(
-        _graph(graph) if graph != "talk" else _talk(llm_url, llm_model, instructions),
+        memory.graph(_graph(graph) if graph != "talk" else _talk(llm_url, llm_model, instructions)),
         None,
         name=Path(graph).stem,
         max_calls=max_sessions,
@@ -92,7 +128,7 @@ def run(
     async def start() -> None:
         try:
             with console.status("Loading and warming the models"):
-                load = partial(_engine, service.graph({}), model, device, lookaheads, decoder, max_sessions)
+                load = partial(_engine, service.graph({}), model, device, lookaheads, decoder, max_sessions, memory)
                 service.engine, service.native, found = await apart(load)
                 if speech_model or voices or any(isinstance(node, Speak) for node in service.graph({}).nodes):
                     add = partial(_add_speech, service.engine, speech_model, voices, max_sessions)
@@ -237,14 +273,19 @@ def _engine(
     lookaheads: Sequence[float] | None,
     decoder: str | None,
     slots: int,
+    memory: Memory,
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for node in graph.nodes:
-        if isinstance(node, Converse):
-            return _duplex(node.model, model or duplex.default(), device, slots)
-        if isinstance(node, Dictate):
-            return _duplex(node.model, model or duplex.PUBLISHED_WRITER, device, slots)
+        if isinstance(node, Converse | Dictate):
+            name = model or (duplex.default() if isinstance(node, Converse) else duplex.PUBLISHED_WRITER)
+            loaded = memory.load(name, device, restarts=getattr(node, "restart_after", None) is not None)
+            engine = Engine(device)
+            engine.add(node.model, loaded, slots=slots)
+            return engine, None, _about(name, loaded, engine)
+    if memory != Memory():
+        raise ValueError("--context, --sinks and --kv-fp8 go with a dialogue model: --graph converse")
     checkpoint = load(model, device=device)
     recognizer = Recognizer(checkpoint, decoder)
     variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
@@ -254,13 +295,6 @@ def _engine(
     cpu.add("vad", SileroVAD(), slots=slots)
     native = None if checkpoint.prompt is not None else "en"
     return (main if cpu is main else Engines(main, cpu)), native, _about(model or embedded()[0], checkpoint, main)
-
-
-def _duplex(name: str, model: str, device: str, slots: int) -> tuple[Engine, None, dict[str, Any]]:
-    loaded = duplex.load(model, device=device)
-    engine = Engine(device)
-    engine.add(name, loaded, slots=slots)
-    return engine, None, _about(model, loaded, engine)
 
 
 def _about(model: str, network: torch.nn.Module, engine: Engine) -> dict[str, Any]:

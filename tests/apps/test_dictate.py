@@ -64,7 +64,7 @@ def test_the_server_writes_the_same(antiphon: Antiphon, model: Path, tmp_path: P
     noise = (0.1 * np.random.default_rng(0).standard_normal(2 * RATE)).astype(np.float32)
     audio_file.write(tmp_path / "one.wav", noise, RATE)
     graph = GRAPHS["dictate"]({})
-    engine, _, about = serve._engine(graph, str(model), "cpu", None, None, 2)
+    engine, _, about = serve._engine(graph, str(model), "cpu", None, None, 2, serve.Memory())
     assert about["model"] == str(model)
 
     async def heard() -> list[str]:

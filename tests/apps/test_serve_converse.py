@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from antiphon.codecs import mimi_checkpoint
 from antiphon.codecs.ogg import OggOpusReader, OggOpusWriter
 from antiphon.models.files import CheckpointError
 from antiphon.pipelines import duplex
+from antiphon.pipelines.served import GRAPHS
+from antiphon.pipelines.stages.converse import Converse
 
 from .running import server
 
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 from tiny_duplex import SMALLEST, tiny_mimi, tokenizer_bytes, write_smallest
 
 FRAME, RATE = 1920, 24000
+serve = importlib.import_module("antiphon.apps.cli.serve")  # a function of that name hides it
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,31 @@ def test_it_converses(address: str) -> None:
             assert np.abs(heard).max() > 1e-3
 
     asyncio.run(run())
+
+
+def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
+    folder = str(write_smallest(tmp_path))
+    memory = serve.Memory(context=2.0, sinks=3, fp8=True, restart_after=3.0)
+    graph = memory.graph(GRAPHS["converse"])({"audio_seed": 1})
+    (talk,) = [node for node in graph.nodes if isinstance(node, Converse)]
+    assert (talk.restart_after, talk.options["audio_seed"]) == (180.0, 1)
+    engine, _, _ = serve._engine(graph, folder, "cpu", None, None, 1, memory)
+    plain, _, _ = serve._engine(GRAPHS["converse"]({}), folder, "cpu", None, None, 1, serve.Memory())
+    try:
+        remembers, usual = engine.model("converse"), plain.model("converse")
+        stack = remembers.lm.config.temporal
+        assert (stack.window, stack.sinks, stack.kv_dtype) == (25, 3, torch.float8_e4m3fn)
+        assert remembers.variants == (1, serve.PREFILL)
+        assert usual.variants == (1,)
+        assert usual.lm.config.temporal.window == SMALLEST["context"]
+    finally:
+        engine.close()
+        plain.close()
+    assert serve.Memory(sinks=1).graph(GRAPHS["captions"]) is GRAPHS["captions"]
+    with pytest.raises(serve.CommandError, match="--restart-after goes with --graph converse"):
+        memory.graph(GRAPHS["captions"])
+    with pytest.raises(ValueError, match="--kv-fp8 go with a dialogue model"):
+        serve._engine(GRAPHS["captions"]({}), None, "cpu", None, None, 1, serve.Memory(fp8=True))
 
 
 def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
