@@ -30,6 +30,7 @@ Part = Literal["lm", "flow", "vocoder"]
 
 PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
 TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
+URGENT = 0.2  # seconds: the language model's budget, twice what the first sound's steps are given
 MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
 
 
@@ -157,7 +158,9 @@ class Speech:
         """
         for part, model in self.parts.items():
             sizes = buckets[part] if buckets else default_buckets(min(MOST[part], max(slots, EXACT_ROWS)))
-            engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **{"tick": TICKS[part]} | options)
+            budget = URGENT if part == "lm" else None
+            settings = {"tick": TICKS[part], "budget": budget} | options
+            engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **settings)
 
     def register(self, engine: Engine, name: str, voice: Voice) -> None:
         """Make a voice known under a name, in the engine's thread, where the models must be by now. Blocks.

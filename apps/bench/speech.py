@@ -126,8 +126,9 @@ class Random:
         capacity = -(-(read + self.tokens) // 64) * 64
         ratio = float(TOKENS_A_WORD)
         config = dataclasses.replace(
-            shape.lm, capacity=capacity, extent=(ratio, ratio), bursts=settings.bursts, prefill=settings.prefill
-        )
+            shape.lm, capacity=capacity, extent=(ratio, ratio), passage=shape.words, bursts=settings.bursts,
+            prefill=settings.prefill,
+        )  # fmt: skip
         torch.manual_seed(seed)
         generator = torch.Generator(device).manual_seed(seed)
         with torch.device("meta"):

@@ -6,6 +6,7 @@ A pure object: no threads, no torch, no clock of its own. The caller submits ``W
 - *Ticks.* A lane (one model and variant) starts at most once per tick, with everything ready then; rows beyond its
   largest bucket follow in further batches of the same tick. Ticks are short while the device idles and stretch to half
   the deadline under load: a step costs almost the same for few rows as for many, so starting rarely is what makes room.
+  Nobody is made to wait beyond half a budget before their deadline: what is more urgent than that starts at once.
 - *Earliest deadline first* among the lanes that may start, and inside a lane.
 - *Slices.* A model whose step is long (an ODE solver's steps, a prefill) yields after each slice. The next slice may
   start before the last is done: a device that keeps several in its queue runs them in order.
@@ -183,9 +184,11 @@ class Scheduler:
                 key = lane._running.urgency
             elif lane._ready:
                 head = lane._ready[0]
-                if now < lane.next_start and lane._quota <= 0 and head[2].deadline < math.inf:
-                    wake = lane.next_start if wake is None else min(wake, lane.next_start)
-                    continue
+                if now < lane.next_start and lane._quota <= 0 and (deadline := head[2].deadline) < math.inf:
+                    start = min(lane.next_start, deadline - lane.budget / 2)
+                    if now < start:
+                        wake = start if wake is None else min(wake, start)
+                        continue
                 key = head[:2]
             else:
                 continue
