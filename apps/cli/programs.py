@@ -15,6 +15,7 @@ BENCHMARKS = {
     "speech": "speech synthesis: first audio, streams in real time, beside upstream's own serving",
     "transport_loss": "speech over a network that loses packets, beside aiortc's own receiver",
     "transport_peers": "mouth to ear through an echo, and how many peers a core carries, beside aiortc alone",
+    "window": "speech synthesis: quality and memory of what the flow looks back on",
 }
 RECIPES = {
     "asr": "the embedded recogniser, from speech with transcripts and a teacher",
