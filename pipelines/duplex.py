@@ -23,7 +23,7 @@ from ..codecs import mimi_checkpoint
 from ..codecs.mimi import Mimi, MimiDecoder, MimiEncoder
 from ..models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ..models.files import CheckpointError, reading
-from ..models.moshi import checkpoint
+from ..models.moshi import checkpoint, persona
 from ..models.moshi.config import UNSET
 from ..models.moshi.lm import MoshiLM
 from ..models.moshi.sampling import Sampling
@@ -33,6 +33,7 @@ from .engine import Lease
 
 PUBLISHED = "moshiko"  # what is loaded where the package embeds no dialogue model
 PUBLISHED_WRITER = "stt-1b-en_fr"
+PREFILL = 64  # frames that a model which reads logs or prompts takes at once
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -113,6 +114,15 @@ class Duplex(StreamingModel):
         """What a step takes beside sound, the same for a whole session; nothing is forced."""
         return {**sampling.inputs(), "force": np.full(1 + self.lm.config.spoken, UNSET, np.int64)}
 
+    def prompt(self, text: str) -> NDArray[np.int64]:
+        """Who the model is to be, as the beginning of a ``TokenLog``: for finetunes that take prompts (PersonaPlex).
+
+        Raises ValueError for other models, and for one that was loaded without ``prefill``.
+        """
+        if max(self.variants) == 1:
+            raise ValueError("this model takes no prompts: it is no PersonaPlex, or was loaded without prefill")
+        return persona.prompt(self.tokenizer.encode(persona.marked(text)), self.lm.config)
+
 
 def default() -> str:
     """The name of the embedded dialogue model, or of a published one where there is none."""
@@ -126,11 +136,12 @@ def load(
     dtype: torch.dtype | None = None,
     window: int | None = None,
     sinks: int = 0,
-    prefill: int = 1,
+    prefill: int | None = None,
     kv_dtype: torch.dtype | None = None,
 ) -> Duplex:
     """A checkpoint's language model, codec and tokenizer, by name or folder; options as in
-    ``MoshiConfig.changed``. name: see ``models.moshi.checkpoint.find``; None for ``default()``.
+    ``MoshiConfig.changed``. name: see ``models.moshi.checkpoint.find``; None for ``default()``. prefill: None for what
+    the model needs: ``PREFILL`` where it takes prompts, else 1.
 
     Raises CheckpointError.
     """
@@ -143,6 +154,8 @@ def load(
         content = files.tokenizer.read_bytes()
         json = files.tokenizer.suffix == ".json"
         tokenizer = Tokenizer(Source("tokenizer.json" if json else "tokenizer.model", content))
+    if prefill is None:
+        prefill = PREFILL if files.settings.get("model_type") == checkpoint.PERSONAPLEX else 1
     lm = checkpoint.load(
         files, device=device, dtype=dtype, window=window, sinks=sinks, prefill=prefill, kv_dtype=kv_dtype
     )  # fmt: skip
@@ -161,26 +174,32 @@ class TokenLog:
     """The last tokens of a session, ``frames`` at most: small enough to keep beside every session, and enough to
     restart it in a fresh slot, of this engine or of another, as if it had begun with the first of them."""
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, prompt: NDArray[np.int64] | None = None) -> None:
+        """prompt: ``[steps, streams]`` that come first, and stay (see ``Duplex.prompt``)."""
         if frames < 1:
             raise ValueError(f"a log of {frames} frames: keep at least 1")
+        self._prompt = [] if prompt is None else list(prompt)
         self._steps: deque[NDArray[np.int64]] = deque(maxlen=frames)
 
     def __len__(self) -> int:
+        """Frames, the prompt's left out."""
         return len(self._steps)
+
+    def __bool__(self) -> bool:
+        return bool(self._prompt or self._steps)
 
     def add(self, sampled: Tensor, heard: Tensor) -> None:
         """One step's tokens, as ``Duplex.step`` returns them for one session."""
         self._steps.append(np.concatenate((sampled.numpy(), heard.numpy())))
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all but the prompt."""
         self._steps.clear()
 
     def blocks(self, frames: int) -> list[dict[str, NDArray[np.int64]]]:
         """Inputs of the variant ``frames`` that read the log into a fresh slot."""
         blocks = []
-        steps = list(self._steps)
+        steps = [*self._prompt, *self._steps]
         for first in range(0, len(steps), frames):
             part = np.stack(steps[first : first + frames])
             filled = np.full((frames, part.shape[1]), UNSET, np.int64)

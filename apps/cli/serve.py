@@ -47,7 +47,6 @@ TWILIO_TOKEN = "ANTIPHON_TWILIO_TOKEN"
 LLM_KEY = "ANTIPHON_LLM_KEY"
 INSTRUCTIONS = "You talk with someone aloud. Answer in one or two short sentences, in words only: no lists, no mark-up."
 SPEECH_FRAMES = 500  # that the flow looks back on, beside the voice's prompt: 10 s
-PREFILL = 64  # frames that a dialogue which starts over reads at once
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
@@ -77,7 +76,7 @@ class Memory:
             device=device,
             window=None if self.context is None else round(self.context * FRAME_RATE),
             sinks=self.sinks,
-            prefill=PREFILL if restarts else 1,
+            prefill=duplex.PREFILL if restarts else None,
             kv_dtype=torch.float8_e4m3fn if self.fp8 else None,
         )
 

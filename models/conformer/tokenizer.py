@@ -57,6 +57,14 @@ class Tokenizer:
     def __len__(self) -> int:
         return len(self.pieces)
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        if self.source.name == "tokenizer.model":
+            ids: list[int] = self._sentencepiece.EncodeAsIds(text)
+            return ids
+        found: list[int] = self._json.encode(text, add_special_tokens=False).ids
+        return found
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without the special ones."""
         text = [token for token in tokens if token not in self._special]

@@ -30,6 +30,7 @@ CODEC = "mimi"  # folder of a codec in a layout of its own
 HF_CODEC = "audio_encoder"  # a codec among the weights in transformers' layout: their prefix, and that of its settings
 EMBEDDED = hub.EMBEDDED
 MODEL_TYPE = "moshi"  # of a dialogue model in Kyutai's config.json; the embedded ones say so
+PERSONAPLEX = "personaplex"  # of one that takes prompts
 SHORT = {  # what people call them
     "moshiko": "kyutai/moshiko-pytorch-bf16",
     "moshika": "kyutai/moshika-pytorch-bf16",
@@ -179,7 +180,7 @@ def _with_heads(config: MoshiConfig, theirs: Mapping[str, Tensor]) -> MoshiConfi
 
 
 def _kyutai_config(settings: Mapping[str, Any]) -> MoshiConfig:
-    if settings.get("model_type") == "personaplex":  # it predicts both sides of a conversation and speaks one
+    if settings.get("model_type") == PERSONAPLEX:  # it predicts both sides of a conversation and speaks one
         settings = {**settings, "dep_q": 8}
     return read_config(settings)
 

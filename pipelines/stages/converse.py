@@ -31,8 +31,9 @@ class Converse(Stage):
 
     model: its name in the engine. restart_after: seconds after which the model starts over from the tokens of the last
     ``restart_from`` seconds, every time, as it then does after a pause; None leaves it to its rolling window, and after
-    a pause it goes on exactly. The other options are those of
-    ``Sampling``; what is left out is the checkpoint's own, seeds are drawn. Raises ValueError, naming the option.
+    a pause it goes on exactly. prompt: who the model is to be, for finetunes that take prompts (PersonaPlex). The other
+    options are those of ``Sampling``; what is left out is the checkpoint's own, seeds are drawn. Raises ValueError,
+    naming the option.
     """
 
     name = "converse"
@@ -52,6 +53,7 @@ class Converse(Stage):
         audio_seed: int | None = None,
         restart_after: float | None = None,
         restart_from: float = 120.0,
+        prompt: str = "",
     ) -> None:
         options: dict[str, Any] = {
             "text_temperature": text_temperature,
@@ -68,7 +70,7 @@ class Converse(Stage):
         Sampling(**self.options)
         if restart_after is not None and not 0 < restart_from < restart_after:
             raise ValueError(f"restart_after={restart_after:g}: longer than restart_from={restart_from:g} seconds")
-        self.model, self.restart_after, self.restart_from = model, restart_after, restart_from
+        self.model, self.restart_after, self.restart_from, self.prompt = model, restart_after, restart_from, prompt
 
     async def run(self, ctx: Context, audio: Input, control: Input) -> AsyncIterator[Out]:
         """See the class."""
@@ -80,7 +82,8 @@ class Converse(Stage):
         constant = model.inputs(dataclasses.replace(model.lm.config.sampling, **self.options))
         kept = max(1, round(self.restart_from / model.tick(1)))
         restart_at = None if self.restart_after is None else round(self.restart_after / model.tick(1))
-        place = ctx.own(_Place(ctx, self.model, model, None if restart_at is None else TokenLog(kept)))
+        log = TokenLog(kept, model.prompt(self.prompt) if self.prompt.strip() else None)
+        place = ctx.own(_Place(ctx, self.model, model, log, logs=restart_at is not None))
         await place.take()
         frames, said = Frames(model), _Said(model)
         paused = False
@@ -91,7 +94,7 @@ class Converse(Stage):
                 if chunk.name == "pause":
                     await place.park()
                 elif chunk.name == "restart":
-                    place.reset()
+                    await place.reset()
                     for text in said.end():
                         yield "said", text
                 elif chunk.name == "cancel":
@@ -120,12 +123,12 @@ class Converse(Stage):
 class _Place:
     """A conversation's place in the engine, which may be given away and taken again.
 
-    Meanwhile its state is kept in the host's memory; where there is a log of its tokens, that alone, which is small.
-    steps: frames since it began, or began with those tokens.
+    Meanwhile its state is kept in the host's memory, or if it ``logs`` its tokens, these alone, which are few. steps:
+    frames since it began, or began with the log.
     """
 
-    def __init__(self, ctx: Context, name: str, model: Duplex, log: TokenLog | None) -> None:
-        self._ctx, self._name, self._model, self._log = ctx, name, model, log
+    def __init__(self, ctx: Context, name: str, model: Duplex, log: TokenLog, *, logs: bool) -> None:
+        self._ctx, self._name, self._model, self._log, self._logs = ctx, name, model, log, logs
         self._lease: Lease | None = None
         self._parked: Snapshot | None = None
         self.steps = 0
@@ -136,9 +139,8 @@ class _Place:
         try:
             if self._parked is not None:
                 lease.restore(self._parked)
-            elif self._log is not None and self.steps:
-                await restart(self._model, lease, self._log)
-                self.steps = len(self._log)
+            else:
+                await self._read(lease)
         except EngineError:
             lease.close()
             raise
@@ -156,7 +158,7 @@ class _Place:
     async def park(self) -> None:
         """Give the place away."""
         if self._lease is not None:
-            self._parked = await self._lease.snapshot() if self._log is None else None
+            self._parked = None if self._logs else await self._lease.snapshot()
             self.close()
             self._lease = None
 
@@ -165,24 +167,27 @@ class _Place:
         assert self._lease is not None
         row = await self._lease.step(inputs)
         self.steps += 1
-        if self._log is not None:
+        if self._logs:
             self._log.add(row["sampled"], row["heard"])
         return row
 
     async def start_over(self) -> None:
         """Begin with the tokens that are kept. Raises ValueError where the model cannot read them."""
         assert self._lease is not None
-        assert self._log is not None
-        await restart(self._model, self._lease, self._log)
-        self.steps = len(self._log)
+        await self._read(self._lease)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.steps, self._parked = 0, None
-        if self._log is not None:
-            self._log.clear()
+    async def reset(self) -> None:
+        """Forget everything but the prompt."""
+        self._parked = None
+        self._log.clear()
         if self._lease is not None:
             self._lease.reset()
+            await self._read(self._lease)
+
+    async def _read(self, lease: Lease) -> None:
+        self.steps = len(self._log)
+        if self._log:
+            await restart(self._model, lease, self._log)
 
     def fence(self, epoch: int) -> None:
         """See ``Context.own``."""

@@ -16,6 +16,7 @@ from websockets.asyncio.client import connect
 from antiphon.codecs import mimi_checkpoint
 from antiphon.codecs.ogg import OggOpusReader, OggOpusWriter
 from antiphon.models.files import CheckpointError
+from antiphon.models.moshi import checkpoint
 from antiphon.pipelines import duplex
 from antiphon.pipelines.served import GRAPHS
 from antiphon.pipelines.stages.converse import Converse
@@ -23,7 +24,8 @@ from antiphon.pipelines.stages.converse import Converse
 from .running import server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from tiny_duplex import SMALLEST, tiny_mimi, tokenizer_bytes, write_smallest
+from tiny_duplex import SMALLEST, tiny_lm, tiny_mimi, tokenizer_bytes, write_smallest
+from tiny_moshi import SETTINGS
 
 FRAME, RATE = 1920, 24000
 serve = importlib.import_module("antiphon.apps.cli.serve")  # a function of that name hides it
@@ -66,7 +68,7 @@ def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
         remembers, usual = engine.model("converse"), plain.model("converse")
         stack = remembers.lm.config.temporal
         assert (stack.window, stack.sinks, stack.kv_dtype) == (25, 3, torch.float8_e4m3fn)
-        assert remembers.variants == (1, serve.PREFILL)
+        assert remembers.variants == (1, duplex.PREFILL)
         assert usual.variants == (1,)
         assert usual.lm.config.temporal.window == SMALLEST["context"]
     finally:
@@ -77,6 +79,14 @@ def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
         memory.graph(GRAPHS["captions"])
     with pytest.raises(ValueError, match="--kv-fp8 go with a dialogue model"):
         serve._engine(GRAPHS["captions"]({}), None, "cpu", None, None, 1, serve.Memory(fp8=True))
+
+
+def test_a_model_that_takes_prompts_can_read_them(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, tiny_lm(), SETTINGS | {"model_type": "personaplex", "version": "1"})
+    mimi_checkpoint.save(tmp_path / "mimi", tiny_mimi())
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes())
+    assert duplex.load(tmp_path).variants == (1, duplex.PREFILL)
+    assert duplex.load(tmp_path, prefill=1).variants == (1,)
 
 
 def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:

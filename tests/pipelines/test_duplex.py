@@ -23,6 +23,7 @@ from tiny_moshi import GREEDY, WINDOW, Live
 
 from antiphon.models.conformer.tokenizer import Source, Tokenizer
 from antiphon.models.moshi.config import UNSET
+from antiphon.models.moshi.persona import SILENCE, TONE
 from antiphon.models.moshi.sampling import Sampling
 from antiphon.pipelines.chunk import Audio, Chunk, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
@@ -312,6 +313,61 @@ def test_a_long_session_may_start_over_from_its_last_codes() -> None:
     assert len(restarted) == len(rolled)
     assert np.array_equal(restarted[: 18 * FRAME], rolled[: 18 * FRAME])
     assert not np.array_equal(restarted, rolled)
+
+
+def persona() -> Duplex:
+    return tiny_duplex(prefill=4, card=2048, mimi={"bins": 2048})
+
+
+def test_a_prompt_is_read_before_the_conversation() -> None:
+    """A text prompt of PersonaPlex's: as if the model had said and heard it, frame by frame."""
+    model = persona()
+    rows = model.prompt("so it goes")
+    text = model.tokenizer.encode("<system> so it goes <system>")
+    assert rows[:, 0].tolist() == [3] * 5 + text + [3] * 7
+    assert (rows[:, 1:9] == SILENCE).all()
+    assert (rows[:, 9:] == TONE).all()
+    assert np.array_equal(model.prompt(" <system> so it goes <system>"), rows)
+
+    async def main() -> tuple[dict[str, Tensor], np.ndarray[Any, Any]]:
+        with engine(model, clock=VirtualClock()) as made:
+            lease = await made.open("converse")
+            await restart(model, lease, TokenLog(1, rows))
+            state = await lease.snapshot()
+            inputs = model.inputs(Sampling(text_seed=1, audio_seed=2))
+            heard = [(await lease.step({**inputs, "pcm": pcm}))["pcm"].numpy() for pcm in noise(10)]
+            return state, np.concatenate(heard)
+
+    state, expected = run_virtual(main())
+    lived = Live(model.lm, 4)
+    for row in torch.from_numpy(rows):
+        lived.step(row[9:].expand(4, -1), HOT, row[:9].expand(4, -1))
+    for name in ("temporal.seen", "lm.tokens", "lm.history"):
+        assert torch.equal(state[name], lived.state[name][0]), name
+    sound = list(noise(10))
+    assert np.array_equal(sounds(converse(sound, model=persona(), prompt="so it goes")), expected)
+    other = sounds(converse(sound, model=persona(), prompt="what is it"))
+    assert len(other) == len(expected)
+    assert not np.array_equal(other, expected)
+    # It is not forgotten by a new conversation, nor by one that starts over.
+    again = sounds(converse(sound * 2, {10: "restart"}, model=persona(), prompt="so it goes"))
+    assert np.array_equal(again, np.concatenate((expected, expected)))
+    log = TokenLog(2, rows)
+    log.add(torch.arange(9), torch.arange(8))
+    (*blocks,) = log.blocks(4)
+    assert sum(int(block["count"]) for block in blocks) == len(rows) + 1 == len(rows) + len(log)
+    log.clear()
+    assert len(log) == 0
+    assert log
+
+
+def test_models_that_take_no_prompt() -> None:
+    with pytest.raises(Exception, match="takes no prompts"):
+        converse(list(noise(1)), model=tiny_duplex(), prompt="hello")
+    with pytest.raises(Exception, match="not made for prompts"):
+        converse(list(noise(1)), model=tiny_duplex(prefill=4), prompt="hello")
+    with pytest.raises(ValueError, match="4001 characters: 4000 at most"):
+        persona().prompt("a" * 4001)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [

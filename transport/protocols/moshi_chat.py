@@ -42,6 +42,7 @@ OPTIONS: Mapping[str, tuple[str, type]] = {
     "audio_seed": ("audio_seed", int),
     "repetition_penalty": ("penalty", float),
     "repetition_penalty_context": ("penalty_context", int),
+    "text_prompt": ("prompt", str),
 }
 
 
@@ -75,7 +76,7 @@ def options_of(query: Mapping[str, str]) -> dict[str, Any]:
     for theirs, (ours, kind) in OPTIONS.items():
         if theirs in query:
             try:
-                options[ours] = kind(query[theirs][:40])
+                options[ours] = query[theirs] if kind is str else kind(query[theirs][:40])
             except ValueError:
                 raise ValueError(f"{theirs}={query[theirs][:40]!r}: give a number") from None
     return options

@@ -178,6 +178,7 @@ def test_bad_queries_are_told(engine: Engine, query: str, told: str) -> None:
 def test_kyutais_query_parameters() -> None:
     query = {"text_topk": "25", "pad_mult": "-0.5", "repetition_penalty": "1.1", "worker_auth_id": "1"}
     assert options_of(query) == {"text_top_k": 25, "padding_bonus": -0.5, "penalty": 1.1}
+    assert options_of({"text_prompt": "You are wise. " * 20}) == {"prompt": "You are wise. " * 20}
 
 
 def test_pause_restart_and_pings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
