@@ -32,7 +32,7 @@ from .chunk import Stale
 from .engine import Lease
 
 PUBLISHED = "moshiko"  # what is loaded where the package embeds no dialogue model
-PUBLISHED_WRITER = "stt-1b-en_fr"
+PUBLISHED_WRITER = "stt-1b-en_fr-candle"
 PREFILL = 64  # frames that a model which reads logs or prompts takes at once
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

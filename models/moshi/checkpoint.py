@@ -38,6 +38,7 @@ SHORT = {  # what people call them
     "moshika-q8": "kyutai/moshika-pytorch-q8",
     "personaplex": "nvidia/personaplex-7b-v1",
     "stt-1b-en_fr": "kyutai/stt-1b-en_fr",
+    "stt-1b-en_fr-candle": "kyutai/stt-1b-en_fr-candle",  # the same, and the classifiers for pauses
     "stt-2.6b-en": "kyutai/stt-2.6b-en",
 }
 

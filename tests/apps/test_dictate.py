@@ -16,6 +16,7 @@ import pytest
 from antiphon.apps.cli.dictate import writes
 from antiphon.codecs import audio_file, mimi_checkpoint
 from antiphon.models.moshi import checkpoint
+from antiphon.pipelines import duplex
 from antiphon.pipelines.chunk import Audio, Text
 from antiphon.pipelines.served import GRAPHS
 
@@ -101,6 +102,7 @@ def test_what_it_cannot_do_is_one_line(antiphon: Antiphon, model: Path, tmp_path
 def test_which_models_write(model: Path, tmp_path: Path) -> None:
     assert writes(str(model))
     assert writes("kyutai/stt-1b-en_fr")
+    assert writes(duplex.PUBLISHED_WRITER)
     assert writes("stt-2.6b-en")
     assert not writes("moshiko")
     assert not writes(None)
