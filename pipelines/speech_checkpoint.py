@@ -141,10 +141,10 @@ def _own(folder: Path, device: torch.device | str, dtype: torch.dtype | None, li
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with reading(folder / "config.json"):
         bursts = BURSTS if torch.device(device).type == "cuda" else ()
-        lm = SpeechLM(dataclasses.replace(_made(LMConfig, config["lm"]), bursts=bursts))
-        flow = FlowMatching(_made(FlowConfig, config["flow"]))
-        vocoder = HiFT(_made(HiFTConfig, config["vocoder"]))
-        sampling = _made(Sampling, config.get("sampling", {}))
+        lm = SpeechLM(dataclasses.replace(configured(LMConfig, config["lm"]), bursts=bursts))
+        flow = FlowMatching(configured(FlowConfig, config["flow"]))
+        vocoder = HiFT(configured(HiFTConfig, config["vocoder"]))
+        sampling = configured(Sampling, config.get("sampling", {}))
         if hops := config.get("hops"):
             limits = dataclasses.replace(limits or FlowLimits(), hops=tuple(hops))
     if len(tokenizer) > lm.config.text:
@@ -165,8 +165,8 @@ def _own(folder: Path, device: torch.device | str, dtype: torch.dtype | None, li
     return Loaded(folder.name, speech, _voices(folder, config.get("voice")), *parts)
 
 
-def _made(kind: type[T], settings: Mapping[str, Any]) -> T:
-    """A configuration from JSON, in which tuples are lists."""
+def configured(kind: type[T], settings: Mapping[str, Any]) -> T:
+    """A network's configuration from JSON, in which tuples are lists. Raises TypeError for settings it has not."""
     return kind(**{key: tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
                    for key, value in settings.items()})  # fmt: skip
 

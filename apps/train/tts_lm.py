@@ -32,8 +32,9 @@ from torch.nn import functional as F
 from ...models.cosyvoice.lm import SpeechLM
 from ...models.cosyvoice.lm_config import LMConfig
 from ...models.cosyvoice.stream import IGNORED, lay_out
+from ...pipelines.speech_checkpoint import configured
 from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, plain, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
 from .tts_bank import MARKS, Batches, SpeechBank, Spoken, characters, gathered
 from .tts_sizes import ALPHABET, LM, TOKEN, VOICE_TOKENS, VOICES
 from .voices import RATE
@@ -105,14 +106,13 @@ class Layouts:
                 drawn += targets
         self.read = torch.tensor(read, dtype=torch.int16, device=place)
         self.drawn = torch.tensor(drawn, dtype=torch.int16, device=place)
-        self.begins = torch.tensor(begins, device=place)
+        self.begins = np.array(begins)
         self.counts = np.array(counts)
 
-    def batch(self, which: NDArray[np.int64], layout: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def batch(self, which: NDArray[np.int64], layout: NDArray[np.int64], width: int) -> tuple[Tensor, Tensor]:
         """``[B, width]`` int64 of what is read and what is to be drawn. layout: ``[B]`` of ``LAYOUTS``."""
         device = self.read.device
-        begin = self.begins[torch.from_numpy(which).to(device)].gather(1, layout.to(device)[:, None])[:, 0]
-        count = torch.from_numpy(self.counts[which]).to(device)
+        begin, count = placed(np.stack((self.begins[which, layout], self.counts[which])), device)
         read, drawn = (gathered(table, begin, count, width) for table in (self.read, self.drawn))
         real = torch.arange(width, device=device) < count[:, None]
         return read.long(), torch.where(real, drawn, IGNORED).long()
@@ -176,7 +176,7 @@ class LMTraining(Loop):
         self.weights.rate.fill_(self.recipe.rate * share)
         width, which = self.batches(self.step)
         torch.manual_seed(self.seed * 1_000_003 + self.step)
-        layout = torch.randint(len(LAYOUTS), (len(which),))
+        layout = np.random.default_rng([self.seed, self.step, 1]).integers(len(LAYOUTS), size=len(which))
         losses = self.graph(width, *self.layouts.batch(which, layout, width))
         if self.step % self.recipe.watch_every == 0:
             self.watched = self._watch()
@@ -193,8 +193,9 @@ class LMTraining(Loop):
     def _watch(self) -> Tensor:
         """The loss on a few utterances that are not trained on, as it is used: with nothing hidden."""
         some = np.arange(min(WATCHED, len(self.unseen.counts)))
-        layout = torch.from_numpy(some % len(LAYOUTS))
-        return loss_of(self.lm, *self.unseen.batch(some, layout, int(self.unseen.counts[some].max())))[1]["speech"]
+        return loss_of(self.lm, *self.unseen.batch(some, some % len(LAYOUTS), int(self.unseen.counts[some].max())))[1][
+            "speech"
+        ]
 
     @torch.no_grad()
     def measured(self, layouts: Layouts, most: int = 512) -> dict[str, dict[str, float]]:
@@ -204,7 +205,7 @@ class LMTraining(Loop):
         for number, name in enumerate(LAYOUTS):
             sums: dict[str, float] = {}
             for part in np.array_split(which, -(-len(which) // WATCHED)):
-                layout = torch.full((len(part),), number)
+                layout = np.full(len(part), number)
                 _, parts = loss_of(lm, *layouts.batch(part, layout, int(layouts.counts[part].max())))
                 for key, value in parts.items():
                     sums[key] = sums.get(key, 0.0) + float(value) * len(part) / len(which)
@@ -230,6 +231,14 @@ def hours_of(utterances: Sequence[Spoken]) -> dict[str, dict[str, float]]:
     return found
 
 
+def load_lm(run: Path) -> SpeechLM:
+    """The language model of a training's folder."""
+    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
+    lm = SpeechLM(configured(LMConfig, settings))
+    lm.load_state_dict(safetensors.torch.load_file(run / LM_FILE))
+    return lm.eval()
+
+
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made and 'tts encode' went over.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and model go.")],
@@ -249,8 +258,7 @@ def train(
     began = time.perf_counter()
     console = Console()
     place = torch.device(device)
-    if place.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prepare(place)
     spoken = SpeechBank(bank)
     recipe = replace(Recipe(), room=room, rate=rate, hide=hide)
     layouts, unseen = (

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 from ...codecs.hift import HiFT, HiFTConfig
 from ...codecs.prompt_mel import PromptMel
+from ...pipelines.speech_checkpoint import configured
 from .codec_losses import Judges, MelDistance
 from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, plain, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
 from .tts_bank import SpeechBank, Spoken
 from .tts_sizes import FRAME, TOKEN, VOCODER
 from .voices import RATE
@@ -119,7 +120,7 @@ class Crops:
         spare = np.maximum(0, self.count[chosen] - width)
         places = self.begin[chosen] + (random.random(recipe.rows) * (spare + 1)).astype(np.int64)
         bounds = np.stack((places, self.begin[chosen], self.begin[chosen] + self.count[chosen]))
-        at, low, high = torch.from_numpy(bounds).to(device)[..., None]
+        at, low, high = placed(bounds, device)[..., None]
         frames = at + torch.arange(width, device=device)
         hertz = torch.where(frames < high, self.hertz[frames.clamp(max=len(self.hertz) - 1)], 0.0)
         samples = (at - MARGIN) * FRAME + torch.arange((width + 2 * MARGIN) * FRAME, device=device)
@@ -190,10 +191,9 @@ class VocoderTraining(Loop):
         recipe = self.recipe
         smear = recipe.smear * torch.rand(len(mel), 1, 1, device=mel.device)
         made, pitch = self.student(mel + smear * torch.randn_like(mel))
-        losses = {"mel": made.new_zeros(()), "hertz": (pitch - hertz).abs().mean()}
         inside = slice(recipe.edge * FRAME, (recipe.edge + recipe.frames) * FRAME)
         made, pcm = made[:, inside], pcm[:, inside]
-        losses["mel"] = self.distance(made, pcm)
+        losses = {"mel": self.distance(made, pcm), "hertz": (pitch - hertz).abs().mean()}
         total = recipe.mel * losses["mel"] + recipe.hertz * losses["hertz"] / 100
         if judged:
             with torch.autocast(pcm.device.type, torch.bfloat16, enabled=pcm.is_cuda, cache_enabled=False):
@@ -242,6 +242,14 @@ class VocoderTraining(Loop):
         return dict(zip(("mel", "hertz", "voicing"), (round(value, 4) for value in found.tolist()), strict=True))
 
 
+def load_vocoder(run: Path) -> HiFT:
+    """The vocoder of a training's folder."""
+    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
+    vocoder = HiFT(configured(HiFTConfig, settings))
+    vocoder.load_state_dict(safetensors.torch.load_file(run / VOCODER_FILE))
+    return vocoder.eval()
+
+
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and vocoder go.")],
@@ -260,8 +268,7 @@ def train(
     began = time.perf_counter()
     console = Console()
     place = torch.device(device)
-    if place.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    prepare(place)
     spoken = SpeechBank(bank)
     pcm = torch.from_numpy(np.array(spoken.pcm)).to(place)
     hertz = contour(pcm)
