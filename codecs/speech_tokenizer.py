@@ -175,9 +175,17 @@ class SpeechTokenizer(nn.Module, Tokenizes):
         """``[B, mels, T]`` of ``frames [B]`` each -> tokens ``[B, ceil(T / 4)]`` int64 and how many of each row are its
         own, ``[B]``; the others are 0."""
         x, count = self.encoder(mel, frames)
-        digits = (self.project_down(x).float().tanh() * _EDGE).round().long() + 1
-        weights = _LEVELS ** torch.arange(self.config.digits, device=x.device)
-        return (digits * weights).sum(2) * _within(count, x.shape[1]), count
+        return self.number(self.bounded(x).round()) * _within(count, x.shape[1]), count
+
+    def bounded(self, x: Tensor) -> Tensor:
+        """Frames of the encoder ``[B, n, d]`` as the numbers that are rounded: ``[B, n, digits]``, between -1 and 1."""
+        bounded: Tensor = self.project_down(x).float().tanh() * _EDGE
+        return bounded
+
+    def number(self, rounded: Tensor) -> Tensor:
+        """``[B, n, digits]`` of -1, 0 and 1 -> tokens ``[B, n]`` int64."""
+        weights = _LEVELS ** torch.arange(self.config.digits, device=rounded.device)
+        return ((rounded.long() + 1) * weights).sum(2)
 
     def _encode(self, mel: Tensor) -> Tensor:
         weight = self.project_down.weight

@@ -1,11 +1,12 @@
 """The bank that the embedded voice learns from: sentences, each spoken by one of its voices.
 
-    antiphon train tts bank --texts DATA/text/*.txt --exclude DATA/text/ljspeech_sentences.txt --out speech-bank \\
-        --hours 40 --kokoro packed --device cuda:0 --workers 14
+    antiphon train tts bank --texts DATA/text/state_union.txt --texts DATA/text/wordnet_glosses.txt \\
+        --exclude DATA/text/ljspeech_sentences.txt --out speech-bank --hours 40 --kokoro packed \\
+        --device cuda:0 --workers 14
 
-It is ``audio.pcm`` and ``manifest.jsonl`` as of ``bank.py``; every utterance begins and ends at a whole speech token,
-so that ``tokens.npy`` (a number a token) and ``mel.npy`` (two frames a token), which ``antiphon train tts encode``
-writes beside them, lie as the samples do. A sentence in a hundred, told by a hash of its words, is only tested on.
+It is ``audio.pcm`` and ``manifest.jsonl`` as of ``bank.py``; every utterance begins and ends at an even speech
+token, so that ``tokens.npy`` (a number a token) and ``mel.npy`` (two frames a token), which ``tts_tokens.py`` writes
+beside them, lie as the samples do. A sentence in a hundred, told by a hash of its words, is only tested on.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -125,17 +127,17 @@ class SpeechBank:
 
     @property
     def tokens(self) -> NDArray[np.int16]:
-        """``[tokens]``, where ``antiphon train tts encode`` has been."""
+        """``[tokens]``, where ``antiphon train tts tokens`` has been."""
         return self._beside(TOKENS)
 
     @property
     def mel(self) -> NDArray[np.float16]:
-        """``[2 tokens, mels]``, where ``antiphon train tts encode`` has been: as ``PromptMel`` makes them."""
+        """``[2 tokens, mels]``, where ``antiphon train tts tokens`` has been: as ``PromptMel`` makes them."""
         return self._beside(MEL)
 
     def _beside(self, name: str) -> NDArray[Any]:
         if not (self.folder / name).is_file():
-            raise FileNotFoundError(f"{self.folder} holds no {name}: make it with 'antiphon train tts encode'")
+            raise FileNotFoundError(f"{self.folder} holds no {name}: make it with 'antiphon train tts tokens'")
         found: NDArray[Any] = np.load(self.folder / name, mmap_mode="r")
         return found
 
@@ -264,10 +266,10 @@ def plan(texts: Sequence[Path], exclude: Sequence[Path], hours: float, seed: int
     return orders
 
 
-def whole_tokens(sound: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Samples with silence behind them up to a whole speech token."""
+def whole(sound: NDArray[np.float32]) -> NDArray[np.int16]:
+    """Samples with silence behind them up to a whole frame of the recogniser, two speech tokens."""
     pcm = to_int16(sound)
-    return np.pad(pcm, (0, -len(pcm) % TOKEN))
+    return np.pad(pcm, (0, -len(pcm) % (2 * TOKEN)))
 
 
 def credible(samples: int, text: str) -> bool:
@@ -278,7 +280,7 @@ def credible(samples: int, text: str) -> bool:
 
 
 def _speak(orders: Sequence[Order]) -> list[NDArray[np.int16]]:
-    return [whole_tokens(sound) for sound in Worker.here.speak(orders, EDGES)]
+    return [whole(sound) for sound in Worker.here.speak(orders, EDGES)]
 
 
 def write(writer: BankWriter, pairs: Iterator[tuple[Order, NDArray[np.int16]]], minutes: float | None = None) -> int:
@@ -296,22 +298,19 @@ def write(writer: BankWriter, pairs: Iterator[tuple[Order, NDArray[np.int16]]], 
 
 
 def make(
-    texts: Sequence[Path],
-    exclude: Sequence[Path],
-    out: Path,
-    hours: float,
-    kokoro: Path | None,
-    device: str,
-    workers: int,
-    minutes: float | None,
-    seed: int,
+    texts: Annotated[list[Path], typer.Option(help="Text to read; repeat it.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bank.")],
+    exclude: Annotated[list[Path] | None, typer.Option(help="Text never to read; repeat it.")] = None,
+    hours: Annotated[float, typer.Option(help="Of all voices together, about.")] = 40.0,
+    kokoro: Annotated[Path | None, typer.Option(help="What antiphon.apps.train.voices.pack wrote.")] = None,
+    device: Annotated[str, typer.Option(help="For Kokoro: cpu or cuda:0.")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes; 0 to work in this one.")] = 1,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so long: the bank is then smaller.")] = None,
+    seed: Annotated[int, typer.Option(help="Of who says what.")] = 0,
 ) -> None:
-    """Speak a bank; see ``antiphon train tts bank``."""
+    """Speak the bank; without --kokoro only the voices of hibari do."""
     console = Console()
-    orders = plan(texts, exclude, hours, seed)
-    if kokoro is None:
-        orders = [order for order in orders if order.teacher == "hibari"]
-        console.print("without --kokoro only the voices of hibari speak")
+    orders = [one for one in plan(texts, exclude or [], hours, seed) if kokoro or one.teacher != "kokoro"]
     writer = BankWriter(out)
     pairs = rendered(orders, workers, device, kokoro, _speak)
     left_out = write(writer, iter(track(pairs, "speaking", len(orders), console=console)), minutes)
@@ -319,6 +318,6 @@ def make(
     bank = SpeechBank(out)
     for number, name in enumerate(VOICES):
         own = [one for one in bank.utterances if one.voice == number]
-        hours = sum(one.count for one in own) * TOKEN / RATE / 3600
-        console.print(f"{name}: {len(own):,} utterances, {hours:.2f} h")
+        spoken_hours = sum(one.count for one in own) * TOKEN / RATE / 3600
+        console.print(f"{name}: {len(own):,} utterances, {spoken_hours:.2f} h")
     console.print(f"{len(bank.test):,} utterances are kept for testing; {left_out:,} were left out")

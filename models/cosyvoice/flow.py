@@ -123,18 +123,20 @@ class FlowMatching(nn.Module):
         real = (frames < (lengths * RATE)[:, None])[..., None]
         return torch.where(real, torch.stack(samples) if every else x, 0.0)
 
-    def loss(self, tokens: Tensor, lengths: Tensor, mel: Tensor, embedding: Tensor, mask: Mask) -> Tensor:
+    def loss(
+        self, mu: Tensor, lengths: Tensor, mel: Tensor, embedding: Tensor, mask: Mask, *, told: float = 0.5
+    ) -> Tensor:
         """The training loss of a batch: mean squared error of the velocity, at random times between noise and mel.
 
-        tokens ``[B, T]`` of ``lengths [B]``; mel ``[B, 2T, mels]``; embedding ``[B, speaker]``. As upstream, a row in
-        five is trained without condition, and every other one is told up to 30 % of its frames as a prompt.
+        mu ``[B, 2T, mels]`` as ``encode`` gives it for tokens of ``lengths [B]``; mel ``[B, 2T, mels]``; embedding
+        ``[B, speaker]``. As upstream, a row in five is trained without condition; a share ``told`` of the rows knows up
+        to 30 % of its frames as a prompt.
         """
-        rows, device = len(tokens), mel.device
-        mu = self.encode(tokens, lengths, mask)
+        rows, device = len(mel), mel.device
         real = (torch.arange(mel.shape[1], device=device) < (lengths * RATE)[:, None])[..., None]
-        told = torch.rand(rows, 1, device=device) * 0.3 * RATE * lengths[:, None]
-        told = torch.where(torch.rand(rows, 1, device=device) < 0.5, told, 0.0)
-        prompt = torch.where((torch.arange(mel.shape[1], device=device) < told)[..., None], mel, 0.0)
+        known = torch.rand(rows, 1, device=device) * 0.3 * RATE * lengths[:, None]
+        known = torch.where(torch.rand(rows, 1, device=device) < told, known, 0.0)
+        prompt = torch.where((torch.arange(mel.shape[1], device=device) < known)[..., None], mel, 0.0)
         keep = (torch.rand(rows, device=device) > 0.2).to(mel.dtype)[:, None]
         condition = Condition(mu * keep[..., None], self.project(embedding) * keep, prompt * keep[..., None])
         time = 1 - torch.cos(torch.rand(rows, device=device, dtype=mel.dtype) * math.pi / 2)
