@@ -71,7 +71,7 @@ class Transcribe(Stage):
             elif chunk is not None:
                 raise TypeError(f"the input {ready.name!r} of transcribe does not take {chunk}")
             while waiting and (audio.ended or waiting[0].start_seconds <= heard):
-                for text in _reaching(waiting.popleft(), await _rest(session, lease, resampler)):
+                for text in reaching(waiting.popleft(), await _rest(session, lease, resampler)):
                     yield text
                 lease.reset()
                 session.restart()
@@ -93,7 +93,7 @@ async def _rest(session: Transcription, lease: Lease, resampler: Resampler | Non
     return [*texts(captions), *texts(session.finish())]
 
 
-def _reaching(end: Event, said: list[Text]) -> list[Text]:
+def reaching(end: Event, said: list[Text]) -> list[Text]:
     """What was said up to the end, the last of it final, and lasting until then."""
     if not said or not said[-1].final:
         said = [*said, Text(text="", rate=end.rate, start=end.start, final=True)]

@@ -168,7 +168,7 @@ def test_a_pause_is_told_once_after_words_and_every_frame_where_asked() -> None:
     assert told[told.index(first) + 1] == steps[9]
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seconds", [0.04, 0.5, 1.0])
 def test_a_mark_comes_out_when_all_before_it_is_written(seconds: float) -> None:
     model = tiny_duplex(**SPEECH_TO_TEXT)
 
@@ -181,7 +181,6 @@ def test_a_mark_comes_out_when_all_before_it_is_written(seconds: float) -> None:
                 for at in (seconds, 20 * 0.08):
                     start = round(at * 16000)
                     await session.send(Event(name="mark", data={"at": at}, rate=16000, start=start), "control")
-                await session.send(Event(name="commit", rate=16000, start=start), "control")
                 await session.clock.sleep(0.1)
                 silence = np.zeros(FRAME, np.float32)
                 for start in range(0, 20 * FRAME, FRAME):
@@ -196,7 +195,40 @@ def test_a_mark_comes_out_when_all_before_it_is_written(seconds: float) -> None:
     first = told[marks[0] - 1]
     assert first.start_seconds >= seconds + 0.4
     assert first.start_seconds < seconds + 0.4 + 0.08
-    assert told[marks[1] - 1].start_seconds == pytest.approx(2.0, abs=0.08)
+    assert told[marks[1] - 1].start_seconds == 1.6  # the end of the sound brings it out
+
+
+def test_a_commit_ends_what_is_said_and_the_model_begins_afresh() -> None:
+    model = tiny_duplex(**SPEECH_TO_TEXT)
+    letter, *_ = [index for index, text in enumerate(model.tokenizer.pieces) if len(text) == 1 and text != "▁"]
+    # Written 12 frames in: said at 0.32 s, as 3 frames of lead and 5 of lag come before.
+    model.__class__, model.script = Scripted, (*[3] * 12, letter)
+
+    async def main() -> list[Text]:
+        with Engine(inline=True, clock=VirtualClock()) as models:
+            models.add("dictate", model, slots=4)
+            dictate = Dictate(endpoint=5.0)
+            graph = (Inlet().named("audio") >> dictate) | (Inlet().named("control") >> dictate["control"])
+            async with graph.session(engine=models) as session:
+                for frame in range(20):
+                    for name, at in (("commit", 6), ("mark", 6), ("commit", 6), ("clear", 16)):
+                        if frame == at:
+                            event = Event(name=name, rate=16000, start=at * 1280)
+                            await session.send(event, "control")
+                    silence = np.zeros(FRAME, np.float32)
+                    await session.send(Audio(samples=silence, rate=RATE, start=frame * FRAME), "audio")
+                    await session.clock.sleep(0.08)
+                session.finish()
+                return [chunk async for chunk in session.outputs()]  # type: ignore[misc]
+
+    told: list[Any] = list(run_virtual(main()))
+    kinds = ["final" if isinstance(chunk, Text) and chunk.final else type(chunk).__name__ for chunk in told]
+    finals = [chunk for chunk in told if isinstance(chunk, Text) and chunk.final]
+    name = model.tokenizer.pieces[letter]
+    assert [text.text for text in finals] == [name, "", name, name]
+    assert [text.end_seconds for text in finals] == pytest.approx([0.48, 0.48, 1.28, 1.28 + 0.4])
+    assert [text.words[0].start for text in finals if text.words] == pytest.approx([0.32, 0.8, 1.6])
+    assert kinds[kinds.index("final") : kinds.index("Event") + 1] == ["final", "Event"]  # the mark was before it
 
 
 def test_marks_are_bounded() -> None:

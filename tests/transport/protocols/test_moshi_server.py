@@ -28,6 +28,7 @@ from antiphon.pipelines.chunk import Audio, Text
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.served import captions, converse, dictate, speaking
+from antiphon.pipelines.speech import PARTS
 from antiphon.transport.protocols import moshi_server
 from antiphon.transport.protocols.moshi_server import ASR, FORMATS, HEARD, TTS, routes, unpack
 from antiphon.transport.service import Service
@@ -327,7 +328,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     torch.set_num_threads(1)
     with Engine("cpu", limit=1e9) as made:  # no faster than a busy machine
         speech = tiny_speech(tmp_path_factory.mktemp("speech"))
-        speech.install(made, slots=2, buckets=(4,), exact=False, budget=20.0)
+        speech.install(made, slots=2, buckets=dict.fromkeys(PARTS, (4,)), exact=False, budget=20.0)
         speech.register(made, "ada", voice(1))
         speech.register(made, "bob", voice(2, 18, ""))
         yield made

@@ -22,6 +22,7 @@ from tiny_speech import tiny_speech, voice
 
 from antiphon.codecs.audio_file import read
 from antiphon.pipelines.engine import Engine
+from antiphon.pipelines.speech import PARTS
 from antiphon.pipelines.stage import Inlet
 from antiphon.pipelines.stages.emit import emit
 from antiphon.pipelines.synthesizer import Synthesizer
@@ -39,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     torch.set_num_threads(1)
     with Engine("cpu", limit=1e9) as made:  # no faster than a busy machine
         speech = tiny_speech(tmp_path_factory.mktemp("speech"))
-        speech.install(made, slots=2, buckets=(4,), exact=False, budget=20.0)
+        speech.install(made, slots=2, buckets=dict.fromkeys(PARTS, (4,)), exact=False, budget=20.0)
         speech.register(made, "ada", voice(1))
         speech.register(made, "bob", voice(2, 18, ""))
         yield made
