@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..codecs.hift import UNKNOWN
 from ..codecs.resample import Samples
+from ..models.cosyvoice.flow_config import FRAME_SECONDS, TOKEN_SECONDS
 from ..models.cosyvoice.flow_config import RATE as FRAMES
-from ..models.cosyvoice.flow_config import TOKEN_SECONDS
 from ..models.cosyvoice.flow_hops import Hop, Hops
 from ..models.cosyvoice.sampling import Sampling
 from ..models.cosyvoice.stream import TextStream
@@ -45,13 +45,17 @@ _SEEDS = 2**62
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a part is to do next. fresh: on a state that was reset."""
+    """What a part is to do next. fresh: on a state that was reset.
+
+    slack: seconds of speech that lie between this part and the sound, and come before what this step is for.
+    """
 
     part: Part
     variant: Hashable
     inputs: Mapping[str, Any]
     fresh: bool
     passage: _Passage
+    slack: float
     detail: Any = None
 
 
@@ -137,6 +141,7 @@ class Synthesis:
         self._at: dict[Part, int] = dict.fromkeys(PARTS, 0)  # the passage each part is at
         self._flying: set[Part] = set()
         self._lead = 0  # tokens written, not drawn
+        self._hopped = self._drawn = 0  # frames of hops that are not drawn, and drawn ones that do not sound yet
         self._pieces: deque[Piece] = deque()
         self._finished = False
         limits, hop = speech.flow.limits, speech.flow.config.lookahead
@@ -237,11 +242,12 @@ class Synthesis:
         """What this part is to do next; None while its last step is under way, or there is nothing to do."""
         if part in self._flying:
             return None
+        slack = {"lm": self._hopped + self._drawn, "flow": self._drawn, "vocoder": 0}[part] * FRAME_SECONDS
         passage, made = {"lm": self._write, "flow": self._draw, "vocoder": self._sound}[part]()
         if made is None or passage is None:
             return None
         variant, inputs, detail = made
-        step = Step(part, variant, inputs, part not in passage.begun, passage, detail)
+        step = Step(part, variant, inputs, part not in passage.begun, passage, slack, detail)
         passage.begun.add(part)
         self._flying.add(part)
         return step
@@ -258,17 +264,20 @@ class Synthesis:
                 tokens = tokens[: self._room - passage.tokens]
             passage.tokens += len(tokens)
             self._lead += len(tokens)
-            passage.waiting += passage.hops.push(tokens)
+            self._hop(passage, passage.hops.push(tokens))
             if passage.tokens == self._room:
                 self.cut += 1
                 self._written(passage)
         elif step.part == "flow":
             hop: Hop = step.detail
             self._lead -= (hop.frames - hop.skip) // FRAMES
+            self._hopped -= hop.frames - hop.skip
+            self._drawn += hop.frames - hop.skip
             passage.frames.append(outputs["mel"][hop.skip : hop.frames].float())
             self._block(passage, final=passage.written and not passage.waiting)
         else:
             block: _Block = step.detail
+            self._drawn = max(0, self._drawn - len(block.mel))
             sound = self.speech.vocoder.sound(outputs["pcm"], int(outputs["first"]), block.end)
             samples = sound.float().numpy().copy()
             self._pieces.append(Piece(samples, passage.number, passage.text, passage.seconds, block.final))
@@ -301,10 +310,15 @@ class Synthesis:
     def _written(self, passage: _Passage) -> None:
         """No more tokens will come of a passage."""
         passage.written = True
-        passage.waiting += passage.hops.finish()
+        self._hop(passage, passage.hops.finish())
         if passage is self._open:
             self._open = None
         self._at["lm"] += 1
+
+    def _hop(self, passage: _Passage, hops: Sequence[Hop]) -> None:
+        """More for the flow."""
+        passage.waiting += hops
+        self._hopped += sum(hop.frames - hop.skip for hop in hops)
 
     def _draw(self) -> tuple[_Passage | None, tuple[Hashable, Mapping[str, Any], Hop] | None]:
         while (passage := self._passage("flow")) is not None:

@@ -97,7 +97,7 @@ async def say(
                 if part == "flow":
                     said.done.setdefault("lm", now)
                 lease = places.ready(step)
-                flying[lease.step(step.inputs, deadline=now + max(SHORTEST_DEADLINE, spare))] = step
+                flying[lease.step(step.inputs, deadline=now + max(SHORTEST_DEADLINE, spare + step.slack))] = step
         if flying:
             done, _ = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
             for future in done:

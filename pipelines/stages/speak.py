@@ -139,7 +139,7 @@ class _Saying:
             for part in PARTS:
                 if (part == "lm" or not enough) and (step := self.synthesis.next(part)) is not None:
                     lease = self.places.ready(step)
-                    deadline = self.ctx.now + max(SHORTEST_DEADLINE, spare)
+                    deadline = self.ctx.now + max(SHORTEST_DEADLINE, spare + step.slack)
                     self._flying[lease.step(step.inputs, deadline=deadline)] = step
             if self._flying:
                 done, _ = await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED)

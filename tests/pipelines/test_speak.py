@@ -25,7 +25,7 @@ from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.graph import Graph
 from antiphon.pipelines.session import Session
-from antiphon.pipelines.speech import Speech
+from antiphon.pipelines.speech import PARTS, Speech
 from antiphon.pipelines.stage import Context, Inlet, Input, StageError, stage
 from antiphon.pipelines.stages import speak as speak_stage
 from antiphon.pipelines.stages.speak import Speak
@@ -61,7 +61,7 @@ def expected(speech: Make) -> Samples:
 def engine(speech: Make, slots: int = 4, buckets: Sequence[int] = (4,)) -> Engine:
     made = Engine(inline=True, clock=VirtualClock(), cost=lambda name, *_: SECONDS[name.split(".")[1]], limit=1e9)
     models = speech()
-    models.install(made, slots=slots, buckets=buckets, exact=False)
+    models.install(made, slots=slots, buckets=dict.fromkeys(PARTS, buckets), exact=False)
     models.register(made, "ada", voice(1))
     return made
 

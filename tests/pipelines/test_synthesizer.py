@@ -23,9 +23,10 @@ from antiphon.models.cosyvoice.sampling import Sampling
 from antiphon.models.cosyvoice.voice import Voice
 from antiphon.models.files import CheckpointError
 from antiphon.pipelines.engine import AtCapacity
+from antiphon.pipelines.speech import Part
 from antiphon.pipelines.speech_checkpoint import load
-from antiphon.pipelines.synthesis import LONGEST_SENTENCE, Piece, Synthesis, timings
-from antiphon.pipelines.synthesizer import Synthesizer
+from antiphon.pipelines.synthesis import LONGEST_SENTENCE, Piece, Step, Synthesis, timings
+from antiphon.pipelines.synthesizer import Places, Synthesizer
 
 Samples = NDArray[np.float32]
 
@@ -154,6 +155,39 @@ def test_drawing_several_tokens_a_step_changes_nothing(models: Synthesizer, fold
         quick.register("ada", voice(1))
         crowd = [synthesis(quick, text, 7, arriving=text is TEXT) for text in texts]
         assert all(map(np.array_equal, made, quick.speak_many(crowd)))
+
+
+def test_steps_tell_how_much_speech_comes_before_what_they_are_for(models: Synthesizer) -> None:
+    """Tokens for the second hop are no hurry while the first is drawn; the first hop's frames and sound are."""
+    made = synthesis(models, LONGER, 5)
+    places = Places.open_sync(models.engine)
+
+    def take(step: Step) -> None:
+        made.take(step, places.ready(step).step_sync(step.inputs))
+
+    def following(part: Part) -> Step:
+        step = made.next(part)
+        assert step is not None
+        return step
+
+    while (flow := made.next("flow")) is None:
+        step = following("lm")
+        assert step.slack == 0
+        take(step)
+    hop = flow.detail
+    seconds = (hop.frames - hop.skip) * 0.02
+    assert flow.slack == 0 < seconds
+    take(step := following("lm"))
+    assert step.slack == pytest.approx(seconds)
+    take(flow)
+    vocoder = following("vocoder")
+    assert vocoder.slack == 0
+    take(step := following("lm"))
+    assert step.slack == pytest.approx(seconds)
+    take(vocoder)
+    take(step := following("lm"))
+    assert step.slack == pytest.approx(seconds - vocoder.variant * 0.02)
+    places.close()
 
 
 def test_the_sound_is_that_of_the_networks_one_after_the_other(models: Synthesizer) -> None:
