@@ -6,6 +6,7 @@
     flow        tokens to mel frames
     vocoder     mel frames to sound
     lm          text to tokens
+    card        all of it as a checkpoint with its card
 
 What each needs is in ``README.md`` beside this file.
 """
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import tts_bank, tts_flow, tts_lm, tts_tokens, tts_vocoder
+from . import tts_bank, tts_card, tts_flow, tts_lm, tts_tokens, tts_vocoder
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     command.command("flow")(tts_flow.train)
     command.command("vocoder")(tts_vocoder.train)
     command.command("lm")(tts_lm.train)
+    command.command("card")(tts_card.card)
     command(list(arguments), standalone_mode=False, prog_name="antiphon train tts")
 
 
