@@ -7,7 +7,8 @@ A pure object: no threads, no torch, no clock of its own. The caller submits ``W
   largest bucket follow in further batches of the same tick. Ticks are short while the device idles and stretch to half
   the deadline under load: a step costs almost the same for few rows as for many, so starting rarely is what makes room.
   Nobody is made to wait beyond half a budget before their deadline: what is more urgent than that starts at once.
-- *Earliest deadline first* among the lanes that may start, and inside a lane.
+- *Earliest deadline first* among the lanes that may start, and inside a lane. A batch that is under way is as urgent as
+  what waits behind it.
 - *Slices.* A model whose step is long (an ODE solver's steps, a prefill) yields after each slice. The next slice may
   start before the last is done: a device that keeps several in its queue runs them in order.
 
@@ -182,6 +183,8 @@ class Scheduler:
                 if lane._running.last == lane.slices:
                     continue
                 key = lane._running.urgency
+                if lane._ready:
+                    key = min(key, lane._ready[0][:2])
             elif lane._ready:
                 head = lane._ready[0]
                 if now < lane.next_start and lane._quota <= 0 and (deadline := head[2].deadline) < math.inf:

@@ -118,6 +118,27 @@ def test_the_next_slice_may_start_before_the_last_is_done() -> None:
     assert batch_of(scheduler.next(0.02)).works[0].lease == "next"
 
 
+def test_a_batch_is_as_urgent_as_what_waits_behind_it() -> None:
+    scheduler = Scheduler()
+    long, other = scheduler.add(lane("long", slices=3)), scheduler.add(lane("other", slices=3))
+    scheduler.submit(work(long, "patient", 5.0))
+    scheduler.submit(work(other, "o", 0.5))
+    first = batch_of(scheduler.next(0.0))
+    assert first.lane is other
+    scheduler.submit(work(long, "x", 0.9))  # joins the batch that has not begun
+    patient = scheduler.add(lane("third", slices=2))
+    scheduler.submit(work(patient, "third", 3.0))
+    assert not scheduler.done(first, 0.01, 0.0)
+    for _ in range(2):
+        scheduler.done(batch_of(scheduler.next(0.02)), 0.02, 0.0)
+    begun = batch_of(scheduler.next(0.05))
+    assert {item.lease for item in begun.works} == {"patient", "x"}
+    scheduler.submit(work(other, "late", 0.8, 0.06))
+    assert batch_of(scheduler.next(0.06)).lane is other
+    scheduler.submit(work(long, "urgent", 0.1, 0.06))
+    assert batch_of(scheduler.next(0.06)).works is begun.works
+
+
 def test_slices_behind_a_failed_one_are_forgotten() -> None:
     scheduler = Scheduler()
     long = scheduler.add(lane("long", slices=3))
@@ -336,10 +357,13 @@ def test_properties_of_any_schedule(
                     assert now - starts.get(name, -math.inf) >= decision.lane.tick - 1e-9
                 if buckets == (64,) and first < math.inf:
                     starts[name] = now
-            key = min(item.deadline for item in decision.works)
+
+            def urgency(lane: Lane, works: list[Work], heads: list[Work] = heads) -> float:
+                return min(item.deadline for item in (*works, *(head for head in heads if head.lane is lane)))
+
             for one in lanes:
                 if one is not decision.lane and one.model in running:
-                    assert key <= min(item.deadline for item in running[one.model].works)
+                    assert urgency(decision.lane, decision.works) <= urgency(one, running[one.model].works)
             now += took
             if scheduler.done(decision, now, took):
                 running.pop(name, None)
