@@ -114,14 +114,18 @@ class HiFTConfig:
 class HiFT(StreamingModel):
     """The vocoder, over slots and for whole utterances.
 
-    hops: the variants of ``step``, in mel frames a call.
+    hops: the variants of ``step``, in mel frames a call. together: compute the rows of a step together; by default on
+    all devices but the CPU, which one row fills.
     """
 
     forth: Tensor
     back: Tensor
 
-    def __init__(self, config: HiFTConfig | None = None, hops: Sequence[int] = (50, 25, 10)) -> None:
+    def __init__(
+        self, config: HiFTConfig | None = None, hops: Sequence[int] = (50, 25, 10), *, together: bool | None = None
+    ) -> None:
         super().__init__()
+        self.together = together
         self.config = config = config or HiFTConfig()
         if not hops or min(hops) < 1:
             raise ValueError(f"a vocoder's hops are positive numbers of mel frames, got {tuple(hops)}")
@@ -176,6 +180,11 @@ class HiFT(StreamingModel):
     def variants(self) -> tuple[int, ...]:
         return self._hops
 
+    @property
+    def batched(self) -> bool:
+        """Whether rows of a step are computed together; where not, a larger batch saves nothing."""
+        return self.back.device.type != "cpu" if self.together is None else self.together
+
     def tick(self, variant: Hashable) -> float:
         return _frames(variant) * self.config.frame / self.config.sample_rate
 
@@ -208,6 +217,18 @@ class HiFT(StreamingModel):
         Returns ``pcm [B, 480 n]`` and ``first [B]``, the number of its first sample in the utterance: what lies before
         sample 0 or past the utterance is zero. ``flush`` frames more than the utterance has bring out all of it.
         """
+        if self.batched:
+            return self._step(inputs, state, slots, active)
+        rows, frames = inputs["mel"].shape[:2]
+        pcm = torch.zeros(rows, frames * self.config.frame, dtype=self.dtype)
+        first = torch.zeros(rows, dtype=torch.int64)
+        for row in active.nonzero().flatten().tolist():
+            one = slice(row, row + 1)
+            made = self._step({name: value[one] for name, value in inputs.items()}, state, slots[one], active[one])
+            pcm[row], first[row] = made["pcm"][0], made["first"][0]
+        return {"pcm": pcm, "first": first}
+
+    def _step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         seen, end, frames = state["hift.seen"][slots], inputs["end"], inputs["mel"].shape[1]
         seed = torch.where(seen == 0, inputs["seed"], state["hift.seed"][slots])
         margin = self.flush + 1

@@ -32,10 +32,12 @@ OTHER = HiFTConfig(
 )
 
 
-def vocoder(config: HiFTConfig = TINY, dtype: torch.dtype = torch.float64, seed: int = 0) -> HiFT:
+def vocoder(
+    config: HiFTConfig = TINY, dtype: torch.dtype = torch.float64, seed: int = 0, *, together: bool | None = True
+) -> HiFT:
     """Random weights that make a loud sound of voiced and unvoiced frames."""
     generator = torch.Generator().manual_seed(seed)
-    made = HiFT(config, hops=(10, 1, 4, 25, 50)).double()
+    made = HiFT(config, hops=(10, 1, 4, 25, 50), together=together).double()
     with torch.no_grad():
         for name, weight in made.named_parameters():
             spread = 0.1 if weight.dim() < 2 else 0.5 / weight[0].numel() ** 0.5
@@ -174,25 +176,29 @@ def sessions(model: HiFT, count: int) -> dict[int, Session]:
     }
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
-    model = vocoder(dtype=torch.float32)
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_a_row_does_not_depend_on_the_others(together: bool) -> None:
+    """Apart, not even on how many there may be."""
+    model = vocoder(dtype=torch.float32, together=together)
+    assert model.batched is together
     alone = sessions(model, 4)
     for slot, row in alone.items():
         state = slots(model, 4)
         while not row.done:
-            step(model, state, {slot: row}, 10, padding=3)
-    together, state, turn = sessions(model, 4), slots(model, 4), 0
-    while any(not row.done for row in together.values()):
+            step(model, state, {slot: row}, 10, padding=3 if together else 0)
+    crowd, state, turn = sessions(model, 4), slots(model, 4), 0
+    while any(not row.done for row in crowd.values()):
         turn += 1
-        ready = [slot for slot, row in together.items() if not row.done and turn > slot]
+        ready = [slot for slot, row in crowd.items() if not row.done and turn > slot]
         ready = ready[turn % len(ready) :] + ready[: turn % len(ready)] if ready else []
-        step(model, state, {slot: together[slot] for slot in ready}, 10, padding=8 - len(ready))
-    for slot, row in together.items():
+        step(model, state, {slot: crowd[slot] for slot in ready}, 10, padding=8 - len(ready))
+    for slot, row in crowd.items():
         assert torch.equal(row.pcm, alone[slot].pcm), slot
 
 
-def test_inactive_rows_leave_no_trace() -> None:
-    model = vocoder()
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_inactive_rows_leave_no_trace(together: bool) -> None:
+    model = vocoder(together=together)
     state, rows = slots(model, 2), sessions(model, 2)
     step(model, state, rows, 10)
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -209,7 +215,7 @@ def feed(lease: Lease, session: Session, hop: int = 10, stop: int = 2**40) -> No
 
 
 def test_in_the_engine_a_snapshot_continues_exactly() -> None:
-    model = vocoder(dtype=torch.float32)
+    model = vocoder(dtype=torch.float32, together=None)
     straight, moved = (Session(model, voice(64, dtype=torch.float32), seed=9) for _ in range(2))
     with Engine(inline=True) as engine, Engine(inline=True) as fresh:
         for made in (engine, fresh):
