@@ -15,7 +15,7 @@ import multiprocessing
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from math import gcd
@@ -263,7 +263,7 @@ def rendered(
     device: str,
     kokoro: Path | None,
     speak: Callable[[Sequence[Order]], list[NDArray[Any]]] = _speak,
-) -> Iterator[tuple[Order, NDArray[Any]]]:
+) -> Generator[tuple[Order, NDArray[Any]], None, None]:
     """Each order with its speech, a teacher's in order. Batches are of one teacher; the teachers' batches alternate, so
     that those of the CPU and those of the GPU end together.
 

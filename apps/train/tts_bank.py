@@ -17,6 +17,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -312,8 +313,8 @@ def make(
     console = Console()
     orders = [one for one in plan(texts, exclude or [], hours, seed) if kokoro or one.teacher != "kokoro"]
     writer = BankWriter(out)
-    pairs = rendered(orders, workers, device, kokoro, _speak)
-    left_out = write(writer, iter(track(pairs, "speaking", len(orders), console=console)), minutes)
+    with closing(rendered(orders, workers, device, kokoro, _speak)) as pairs:
+        left_out = write(writer, iter(track(pairs, "speaking", len(orders), console=console)), minutes)
     writer.close()
     bank = SpeechBank(out)
     for number, name in enumerate(VOICES):

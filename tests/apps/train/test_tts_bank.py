@@ -139,6 +139,14 @@ def test_speech_goes_into_the_bank_in_whole_tokens(tmp_path: Path, monkeypatch: 
         _ = bank.tokens
 
 
+def test_a_bank_may_end_early(tmp_path: Path) -> None:
+    writer = BankWriter(tmp_path)
+    sound = whole(np.ones(RATE, np.float32) * 0.1)
+    write(writer, ((order, sound) for order in orders(*["ten letters"] * 9)), minutes=1e-9)
+    writer.close()
+    assert len(SpeechBank(tmp_path).utterances) == 1
+
+
 def test_the_teachers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     said = orders(*(f"sentence number {number}" for number in range(600)))
     batches: list[set[str]] = []
