@@ -49,6 +49,11 @@ class StreamingFlow(StreamingModel):
         self.register_buffer("shifts", weight.new_zeros(steps), persistent=False)
 
     @property
+    def batched(self) -> bool:
+        """Whether rows of a step are computed together; where not, a larger batch saves nothing."""
+        return self.shifts.device.type != "cpu" if self.together is None else self.together
+
+    @property
     def variants(self) -> tuple[int, ...]:
         return self.limits.hops
 
@@ -139,8 +144,7 @@ class StreamingFlow(StreamingModel):
     @torch.no_grad()
     def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """Slice 0 encodes, slice ``i`` takes Euler step ``i - 1``, the last returns what ``step`` does."""
-        together = slots.device.type != "cpu" if self.together is None else self.together
-        if together:
+        if self.batched:
             return self._slice(index, self._call(inputs, state, slots, active), inputs["tokens"], state)
         rows, room = inputs["tokens"].shape
         mel = torch.zeros(rows, (room - self.config.lookahead) * RATE, self.config.mels, dtype=self.flow.sample_dtype)
