@@ -146,9 +146,9 @@ class Transformer(nn.Module):
         if steps > self.config.longest:
             raise ValueError(f"{steps} steps in one call, but the rings were made for {self.config.longest}")
         seen = state[f"{prefix}.seen"].index_select(0, slots)
-        rings = state[f"{prefix}.rings"]
-        ring_step = InPlace if _in_place(self.config, x) else RingStep
-        x = self(x, ring_step(self.config, rings, slots, target, seen, steps, count, x.dtype))
+        rings = Rings(state[f"{prefix}.rings"], slots, target, seen, steps, count)
+        context = InPlace if _in_place(self.config, x) else RingStep
+        x = self(x, context(self.config, rings, x.dtype))
         state[f"{prefix}.seen"].index_copy_(0, target, seen + (steps if count is None else count))
         return x
 
@@ -247,70 +247,67 @@ class WholeSequence:
         return self.attention(query, far, fresh.movedim(1, 3))
 
 
-class RingStep:
-    """The next positions of ``B`` sessions whose keys and values are rings in slots, read by copying them."""
+@dataclass(frozen=True, eq=False)
+class Rings:
+    """Where ``B`` sessions keep their keys and values, and which positions come next.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        rings: Tensor,
-        slots: Tensor,
-        target: Tensor,
-        seen: Tensor,
-        steps: int,
-        count: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """rings: ``[S + 1, layers, 2, K, sinks + ring, D]``; seen: ``[B]`` positions before these; see ``step``."""
+    kept: ``[S + 1, layers, 2, K, sinks + ring, D]``. slots: ``[B]``; target: the slots to write. seen: ``[B]``
+    positions before these ``steps``, of which the first ``count [B]`` are real, all of them where it is None.
+    """
+
+    kept: Tensor
+    slots: Tensor
+    target: Tensor
+    seen: Tensor
+    steps: int
+    count: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """``[B, steps]``."""
+        return self.seen[:, None] + torch.arange(self.steps, device=self.seen.device)
+
+
+class RingStep:
+    """The next positions of sessions whose rings are copied to be read."""
+
+    def __init__(self, config: TransformerConfig, rings: Rings, dtype: torch.dtype) -> None:
         # 8-bit floats are moved as bytes: few operations know them.
-        self.stored = rings.dtype
-        self.rings = rings.view(torch.uint8) if rings.dtype.itemsize == 1 else rings
-        self.slots, self.dtype = slots, dtype
+        self.stored = rings.kept.dtype
+        self.kept = rings.kept.view(torch.uint8) if self.stored.itemsize == 1 else rings.kept
+        self.slots, self.dtype = rings.slots, dtype
         sinks, ring = config.sinks, config.ring
-        ahead = torch.arange(steps, device=slots.device)
-        positions = seen[:, None] + ahead
-        entries = torch.arange(sinks + ring, device=slots.device)
+        positions = rings.positions()
+        entries = torch.arange(sinks + ring, device=positions.device)
         # A ring entry holds the newest position that maps to it; a sink's entry its own.
         newest = positions[:, -1:] - sinks
         held = torch.where(entries < sinks, entries, sinks + newest - (newest - (entries - sinks)) % ring)
         held = torch.where((entries >= sinks) & (held < sinks), -1, held)
         self.attention = _Attention(config, positions, held, dtype)
         place = torch.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
-        rows = target[:, None].expand(-1, steps)
-        if count is not None:
-            rows = torch.where(ahead < count[:, None], rows, rings.shape[0] - 1)
+        rows = rings.target[:, None].expand_as(positions)
+        if rings.count is not None:
+            real = positions < (rings.seen + rings.count)[:, None]
+            rows = torch.where(real, rows, len(rings.kept) - 1)
         self.write = (rows, place)
 
     def attend(self, layer: int, heads: Tensor) -> Tensor:
         query, far, fresh = self.attention.turn(heads)
         fresh = fresh.to(self.stored)
-        ring = self.rings[:, layer]
+        ring = self.kept[:, layer]
         lines = ring.movedim(3, 1)  # [S + 1, M, 2, K, D]
         lines.index_put_(self.write, fresh.view(ring.dtype) if ring.dtype != self.stored else fresh)
         return self.attention(query, far, ring.index_select(0, self.slots).view(self.stored).to(self.dtype))
 
 
 class InPlace:
-    """:class:`RingStep` on a GPU: rings are written and read where they lie, and only as far as they are filled."""
+    """The same on a GPU: rings are written and read where they lie, and only as far as they are filled."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        rings: Tensor,
-        slots: Tensor,
-        target: Tensor,
-        seen: Tensor,
-        steps: int,
-        count: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """As for :class:`RingStep`."""
+    def __init__(self, config: TransformerConfig, rings: Rings, dtype: torch.dtype) -> None:
         self.config, self.rings = config, rings
-        self.slots, self.target, self.seen, self.count = slots, target, seen, count
         self.turn: Rotation | None = None
         self.far: Rotation | None = None
         if config.rope is not None:
-            positions = seen[:, None] + torch.arange(steps, device=slots.device)
+            positions = rings.positions()
             self.turn = rotation(positions, config.head, config.theta, dtype, config.rope)
             if config.sinks:
                 nearest = positions.clamp(max=config.sinks + config.window - 1)
@@ -319,13 +316,12 @@ class InPlace:
     def attend(self, layer: int, heads: Tensor) -> Tensor:
         from . import triton_ring
 
-        config, ring = self.config, self.rings[:, layer]
-        half = config.rope == "half"
+        config, rings, ring = self.config, self.rings, self.rings.kept[:, layer]
         query, far = triton_ring.store(
-            heads, ring, self.target, self.seen, self.count, self.turn, self.far, half, config.sinks
+            heads, ring, rings.target, rings.seen, rings.count, self.turn, self.far, config.rope == "half", config.sinks
         )  # fmt: skip
         distant = None if self.far is None else far
-        return triton_ring.attend(query, distant, ring, self.slots, self.seen, config.window, config.sinks)
+        return triton_ring.attend(query, distant, ring, rings.slots, rings.seen, config.window, config.sinks)
 
 
 def _in_place(config: TransformerConfig, x: Tensor) -> bool:
