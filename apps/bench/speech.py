@@ -56,6 +56,7 @@ TOKENS_A_WORD = 5  # of speech
 AT_ONCE = 20
 WARM = 2  # utterances that are not measured
 VOICES = 4
+LEFTS = (50, 100, 150, 250, 500, 1500)  # of the table of bytes; the last holds 30 s, as trained
 Advance = Callable[[str], None]
 
 
@@ -92,11 +93,13 @@ class Settings:
     """What serving chooses.
 
     hops: tokens of the flow's hops, in their order. left: mel frames that it looks back behind the voice's clip.
+    kept: dtype of its keys and values, None for the weights'.
     bursts, prefill: of the language model. frames: of the vocoder's steps. rows: of the largest batch of a part.
     """
 
     hops: tuple[int, ...]
     left: int
+    kept: str | None
     bursts: tuple[int, ...]
     prefill: tuple[int, ...]
     frames: tuple[int, ...]
@@ -147,7 +150,8 @@ class Random:
     @property
     def limits(self) -> FlowLimits:
         hops = tuple(dict.fromkeys((*self.settings.hops, *self._rest)))
-        return FlowLimits(hops, self.settings.left, rolling=True, voices=VOICES, prompt=self.shape.prompt)
+        kept = getattr(torch, self.settings.kept) if self.settings.kept else None
+        return FlowLimits(hops, self.settings.left, rolling=True, voices=VOICES, prompt=self.shape.prompt, kept=kept)
 
     @property
     def _rest(self) -> tuple[int, ...]:
@@ -184,6 +188,15 @@ class Random:
     def slot_bytes(self) -> dict[Part, int]:
         """Of a session's state in each model."""
         return {part: sum(spec.bytes for spec in model.state_spec().values()) for part, model in self._parts()}
+
+    def flow_bytes(self, lefts: Sequence[int]) -> dict[int, int]:
+        """Of a session's state in the flow, by the frames that it keeps."""
+        limits = [dataclasses.replace(self.limits, left=left, voices=1) for left in lefts]
+        models = [StreamingFlow(self.flow, one) for one in limits]
+        return {
+            left: sum(spec.bytes for spec in model.state_spec().values())
+            for left, model in zip(lefts, models, strict=True)
+        }
 
     def _parts(self) -> list[tuple[Part, Any]]:
         return list(self.speech().parts.items())
@@ -362,7 +375,13 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(stderr=True)
     rows: dict[Part, int] = {"lm": options.sessions, "flow": options.flow_rows, "vocoder": options.vocoder_rows}
     settings = Settings(
-        tuple(options.hops), options.left, tuple(options.bursts), tuple(options.prefill), tuple(options.frames), rows
+        tuple(options.hops),
+        options.left,
+        options.kept,
+        tuple(options.bursts),
+        tuple(options.prefill),
+        tuple(options.frames),
+        rows,
     )
     numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "shapes": [], "failures": []}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -396,6 +415,7 @@ def bench_shape(
     found: dict[str, Any] = {
         "settings": {**dataclasses.asdict(random.settings), "prompt": random.shape.prompt, "seconds": random.seconds},
         "state_bytes": random.slot_bytes(),
+        "flow_bytes_by_frames_kept": random.flow_bytes(LEFTS),
         "first": [],
     }
     if "requests" in kinds:
@@ -444,8 +464,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="default: 0.5b on CUDA, tiny elsewhere")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, else bfloat16")
-    parser.add_argument("--hops", nargs="+", type=int, default=[25, 50, 100], help="tokens of the flow's hops")
+    parser.add_argument("--hops", nargs="+", type=int, default=[25, 75, 100], help="tokens of the flow's hops")
     parser.add_argument("--left", type=int, default=150, help="mel frames that the flow looks back behind the clip")
+    parser.add_argument("--kept", choices=("bfloat16", "float8_e4m3fn"), help="of the flow's keys and values")
     parser.add_argument("--bursts", nargs="*", type=int, default=[9, 25], help="tokens drawn by a step")
     parser.add_argument("--prefill", nargs="*", type=int, default=[64, 192], help="tokens read by a step")
     parser.add_argument("--frames", nargs="+", type=int, default=[100, 50, 25, 10], help="mel frames a vocoder's step")

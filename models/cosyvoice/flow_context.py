@@ -206,8 +206,8 @@ class Cached:
 
         past = self._told + self._used
         line = (2, shape.heads, shape.head_width)
-        held = (shape.layers, len(first), shape.branches, past + call.hop * rate, *line)
-        self._held = torch.empty(held, dtype=dtype, device=device)
+        room = (shape.layers, len(first), shape.branches, past + call.hop * rate, *line)
+        self._held = torch.empty(room, dtype=dtype, device=device)
         _fetch(self._prompt[:, :, :, : self._told], call.voice, self._held[:, :, :, : self._told])
         _fetch(self._ring[:, :, :, : self._used], call.slots, self._held[:, :, :, self._told : past])
         self._new = self._held[:, :, :, past:]
@@ -233,7 +233,8 @@ class Cached:
 
     def remember(self, layer: int, keys_values: Tensor) -> Tensor:
         self._new[layer].copy_(keys_values.unflatten(0, (-1, self._shape.branches)))
-        return self._held[layer].flatten(0, 1)
+        held: Tensor = self._held[layer].flatten(0, 1)
+        return held
 
     def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
         keep = self._shape.keep

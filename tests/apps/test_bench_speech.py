@@ -19,7 +19,7 @@ from antiphon.apps.bench.speech_load import Said, open_places, run_load, say, sc
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.speech import PARTS, Speech
 
-SETTINGS = speech.Settings((5, 10, 20), 40, (4, 12), (8, 32), (40, 20, 10), {"lm": 8, "flow": 4, "vocoder": 4})
+SETTINGS = speech.Settings((5, 10, 20), 40, None, (4, 12), (8, 32), (40, 20, 10), {"lm": 8, "flow": 4, "vocoder": 4})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,6 +63,10 @@ def test_first_audio_load_and_stages_are_measured_and_written(tmp_path: Path) ->
     assert shape["load"]["held"] == max((run["sessions"] for run in runs if run["held"]), default=0)
     assert (runs[0]["sessions"], shape["load"]["most"]) == (2, 2)
     assert all(run["utterances"] >= 1 for run in runs)
+    assert set(shape["state_bytes"]) == set(PARTS)
+    kept = shape["flow_bytes_by_frames_kept"]
+    # One block, two Euler steps and two branches of keys and values of 16, one token and one frame block beside it.
+    assert kept["1500"] - kept["500"] == 1000 * 4 * (3 * 2 * 2 * 2 * 16 + 2 * 32 // 2 + 2 * 32)
     stages = {row["stage"] for row in shape["stages"]}
     assert stages == {row["stage"] for row in shape["floors"]}
     assert len(stages) == 2 + 2 + 3 + 3
