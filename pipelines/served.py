@@ -1,8 +1,7 @@
 """The graphs that a server offers by name. Each is made for one session, from the options its client gave.
 
 Inlets: ``audio`` and ``control``, and ``video`` where the graph looks. Outputs: ``captions`` (what the client said),
-``turns.events`` (``dictate`` tells of pauses among its captions); a graph that replies has ``<stage>.audio`` and the
-text of the reply besides.
+``turns.events``; a graph that replies has ``<stage>.audio`` and the text of the reply besides.
 """
 
 from __future__ import annotations
@@ -31,30 +30,31 @@ ENDPOINT_MS = 500.0  # as the silence that ends a turn, so that its caption sett
 _TURN_SECONDS = 60
 
 
-def captions(options: Mapping[str, Any]) -> Graph:
+def captions(options: Mapping[str, Any], *, dictated: bool = False) -> Graph:
     """Live captions, with the events of turn taking.
 
     options: ``language``; ``lookahead_ms``, one of the model's; ``endpoint_ms``, silence that ends a caption;
-    ``turns``, as the control event of that name. Raises ValueError, naming the option.
+    ``turns``, as the control event of that name. dictated: by a model that writes while it hears (see ``Dictate``); it
+    knows languages by itself, and has no ``lookahead_ms``. Raises ValueError, naming the option.
     """
-    graph, _, _, _ = _listening(options)
+    graph, _, _, _ = _listening(options, dictated)
     return graph
 
 
-def parrot(options: Mapping[str, Any]) -> Graph:
+def parrot(options: Mapping[str, Any], *, dictated: bool = False) -> Graph:
     """``captions``, and each turn said back (see ``Parrot``). The options are those of ``captions``."""
-    graph, asr, turns, control = _listening(options)
+    graph, asr, turns, control = _listening(options, dictated)
     reply = Parrot(rate=REPLY_RATE)
     turn = Link(items=_TURN_SECONDS * 40, ms=_TURN_SECONDS * 1000)
     return graph | (turns["turn"] >> turn >> reply["turn"]) | (asr >> reply["text"]) | (control >> reply["control"])
 
 
-def scenes(options: Mapping[str, Any]) -> Graph:
+def scenes(options: Mapping[str, Any], *, dictated: bool = False) -> Graph:
     """``captions``, and where the scene changes in the camera's or the screen's pictures (see ``Scenes``).
 
     The newest picture goes first; one that waited too long is dropped. The options are those of ``captions``.
     """
-    graph, _, _, _ = _listening(options)
+    graph, _, _, _ = _listening(options, dictated)
     return graph | (Inlet().named("video") >> Link(items=1, policy="drop_oldest") >> Scenes())
 
 
@@ -67,17 +67,8 @@ def converse(options: Mapping[str, Any]) -> Graph:
 
 
 def dictate(options: Mapping[str, Any]) -> Graph:
-    """Live captions by a model that writes while it hears (see ``Dictate``). options: ``endpoint_ms``.
-
-    Raises ValueError, naming the option.
-    """
-    for name in options:
-        if name != "endpoint_ms":
-            raise ValueError(f"no option {name!r}: there is endpoint_ms")
-    endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
-    if endpoint <= 0:
-        raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
-    return _written(Dictate(endpoint=endpoint / 1000))
+    """``captions`` by a model that writes while it hears. The options are those of ``captions``."""
+    return captions(options, dictated=True)
 
 
 def listening(graph: Graph) -> Graph:
@@ -101,13 +92,15 @@ def speaking(options: Mapping[str, Any]) -> Graph:
     return Inlet().named("text") >> speak["text"]
 
 
-def talk(options: Mapping[str, Any], answer: Answer | None = None, instructions: str = "") -> Graph:
+def talk(
+    options: Mapping[str, Any], answer: Answer | None = None, instructions: str = "", *, dictated: bool = False
+) -> Graph:
     """``captions``, and each turn answered aloud: captions, a reply in text (see ``Respond``), its sound (``Speak``).
 
     options: those of ``captions``, and ``voice``. answer, instructions: see ``Respond``. Raises ValueError.
     """
     voice = {name: options[name] for name in ("voice",) if name in options}
-    graph, asr, turns, control = _listening({name: options[name] for name in options if name not in voice})
+    graph, asr, turns, control = _listening({name: options[name] for name in options if name not in voice}, dictated)
     respond, speak = Respond(answer=answer, instructions=instructions), Speak(**voice)
     turn = Link(items=_TURN_SECONDS * 40, ms=_TURN_SECONDS * 1000)
     return (
@@ -131,18 +124,20 @@ GRAPHS: dict[str, Callable[[Mapping[str, Any]], Graph]] = {
 }
 
 
-def _listening(options: Mapping[str, Any]) -> tuple[Graph, Stage, Stage, Stage]:
-    _check(options, OPTIONS)
+def _listening(options: Mapping[str, Any], dictated: bool) -> tuple[Graph, Stage, Stage, Stage]:
+    _check(options, [name for name in OPTIONS if not (dictated and name == "lookahead_ms")])
     endpoint = _number(options, "endpoint_ms", ENDPOINT_MS)
     if endpoint <= 0:
         raise ValueError(f"endpoint_ms={endpoint:g}: a positive number of milliseconds")
     lookahead = None if options.get("lookahead_ms") is None else _number(options, "lookahead_ms", 0.0)
     settings = TurnSettings().changed(options.get("turns") or {})
     audio, control = Inlet().named("audio"), Inlet().named("control")
-    asr = Transcribe(lookahead=lookahead, language=options.get("language"), endpoint=endpoint / 1000)
+    asr: Stage = Dictate(endpoint=endpoint / 1000)
+    if not dictated:
+        asr = Transcribe(lookahead=lookahead, language=options.get("language"), endpoint=endpoint / 1000)
     turns = Turns(**{field.name: getattr(settings, field.name) for field in fields(settings) if field.name in _TURNS})
     graph = (
-        (audio >> asr)
+        (audio >> asr["audio"])
         | (audio >> turns["audio"])
         | (asr >> turns["text"])
         | (asr >> emit().named("captions"))

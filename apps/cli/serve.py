@@ -40,6 +40,7 @@ from ..serve.app import PAGE, create_app
 from ..serve.server import apart, configure
 from ..voices import find as find_voice
 from .console import CommandError, stderr
+from .dictate import writes
 from .transcribe import check_device
 
 SECRET = "ANTIPHON_SECRET"
@@ -108,8 +109,9 @@ def run(
     memory = memory or Memory()
     check_device(device)
     rules = _rules(host, tls_cert, tls_key, insecure, proxies, origins)
+    make = _graph(graph) if graph != "talk" else _talk(llm_url, llm_model, instructions)
     service = Service(
-        memory.graph(_graph(graph) if graph != "talk" else _talk(llm_url, llm_model, instructions)),
+        memory.graph(_heard_by(model, graph, make)),
         None,
         name=Path(graph).stem,
         max_calls=max_sessions,
@@ -235,6 +237,13 @@ def _graph(name: str) -> GraphMaker:
     return fixed
 
 
+def _heard_by(model: str | None, graph: str, make: Callable[..., Graph]) -> GraphMaker:
+    """The maker, or where this model writes while it hears, the same with it as the recogniser."""
+    if graph not in ("captions", "parrot", "scenes", "talk") or not writes(model):
+        return make
+    return partial(make, dictated=True)
+
+
 def _talk(url: str | None, model: str | None, instructions: str) -> GraphMaker:
     """Dialogues with the language model behind an endpoint, or with one who only echoes."""
     if (url is None) != (model is None):
@@ -276,24 +285,27 @@ def _engine(
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for node in graph.nodes:
-        if isinstance(node, Converse | Dictate):
-            name = model or (duplex.default() if isinstance(node, Converse) else duplex.PUBLISHED_WRITER)
-            loaded = memory.load(name, device, restarts=getattr(node, "restart_after", None) is not None)
-            engine = Engine(device)
-            engine.add(node.model, loaded, slots=slots)
-            return engine, None, _about(name, loaded, engine)
-    if memory != Memory():
-        raise ValueError("--context, --sinks and --kv-fp8 go with a dialogue model: --graph converse")
-    checkpoint = load(model, device=device)
-    recognizer = Recognizer(checkpoint, decoder)
-    variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
     main = Engine(device)
-    main.add("asr", recognizer, slots=slots, variants=variants)
+    node = next((node for node in graph.nodes if isinstance(node, Converse | Dictate)), None)
+    if node is not None:
+        name = model or (duplex.default() if isinstance(node, Converse) else duplex.PUBLISHED_WRITER)
+        loaded = memory.load(name, device, restarts=getattr(node, "restart_after", None) is not None)
+        main.add(node.model, loaded, slots=slots)
+        native, about = None, _about(name, loaded, main)
+        if isinstance(node, Converse):
+            return main, native, about
+    elif memory != Memory():
+        raise ValueError("--context, --sinks and --kv-fp8 go with a dialogue model: --graph converse")
+    else:
+        checkpoint = load(model, device=device)
+        recognizer = Recognizer(checkpoint, decoder)
+        variants = [recognizer.variant(one) for one in lookaheads] if lookaheads else None
+        main.add("asr", recognizer, slots=slots, variants=variants)
+        native = None if checkpoint.prompt is not None else "en"
+        about = _about(model or embedded()[0], checkpoint, main)
     cpu = main if main.device.type == "cpu" else Engine("cpu")
     cpu.add("vad", SileroVAD(), slots=slots)
-    native = None if checkpoint.prompt is not None else "en"
-    return (main if cpu is main else Engines(main, cpu)), native, _about(model or embedded()[0], checkpoint, main)
+    return (main if cpu is main else Engines(main, cpu)), native, about
 
 
 def _about(model: str, network: torch.nn.Module, engine: Engine) -> dict[str, Any]:

@@ -150,7 +150,7 @@ class _Writing:
             if not self._text.silent:
                 self._end = said.end
         known = _pauses(row)
-        if self._end is not None and known and known["pauses"][HORIZON] > LIKELY:
+        if self._end is not None and self._text.silent and known and known["pauses"][HORIZON] > LIKELY:
             yield Event(name="pause", data=known, rate=self._rate, start=self._end)
             self._end = None
 

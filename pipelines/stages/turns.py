@@ -24,9 +24,10 @@ _NOTHING: Samples = np.zeros(0, np.float32)
 class Turns(Stage):
     """Finds where a speaker begins, pauses, and has finished; interrupts the reply when speech begins during one.
 
-    Inputs: ``audio`` of any rate; optionally ``text``, a recogniser's captions (what mode ``semantic`` goes by), and
-    ``control``, events: ``turns`` (changed settings), ``commit`` (end the turn now), ``clear`` (forget it), each acted
-    on when the sound from before it has been heard. Settings that cannot be are answered by an event ``error``.
+    Inputs: ``audio`` of any rate; optionally ``text``, a recogniser's captions and pauses (what mode ``semantic`` goes
+    by), and ``control``, events: ``turns`` (changed settings), ``commit`` (end the turn now), ``clear`` (forget it),
+    each acted on when the sound from before it has been heard. Settings that cannot be are answered by an event
+    ``error``.
 
     Outputs: ``events``: ``speech_start``, ``speech_stop``, ``turn_end`` (data: ``reason``, ``waited_ms``); and
     optionally ``turn``, the turn's sound at 16 kHz as it comes, from ``prefix_ms`` before its onset: ``final`` at its
@@ -69,8 +70,8 @@ class Turns(Stage):
             if ready is control and isinstance(chunk, Event):
                 waiting.append(chunk)
             elif ready is text and isinstance(chunk, Text | Event):
-                if isinstance(chunk, Text):
-                    taker.text(round(chunk.end_seconds * RATE), final=chunk.final)
+                if isinstance(chunk, Text) or chunk.name == "pause":
+                    taker.text(round(chunk.end_seconds * RATE), final=chunk.final or isinstance(chunk, Event))
             elif ready is audio and isinstance(chunk, Audio):
                 for window in windows.push(chunk):
                     if taker.settings.mode == "manual":

@@ -17,7 +17,7 @@ from antiphon.apps.cli.dictate import writes
 from antiphon.codecs import audio_file, mimi_checkpoint
 from antiphon.models.moshi import checkpoint
 from antiphon.pipelines import duplex
-from antiphon.pipelines.chunk import Audio, Text
+from antiphon.pipelines.chunk import Audio, Event, Text
 from antiphon.pipelines.served import GRAPHS
 
 from . import test_listen
@@ -89,6 +89,50 @@ def test_the_server_writes_the_same(antiphon: Antiphon, model: Path, tmp_path: P
     # The file went through 16 bits.
     assert difflib.SequenceMatcher(None, "\n".join(told), text.strip()).ratio() > 0.8
     assert len(text.strip()) > 10
+
+
+def test_any_graph_of_captions_takes_it(model: Path) -> None:
+    """A turn that the client ends, over the graph ``captions``: its transcript comes at once."""
+    make = serve._heard_by(str(model), "captions", GRAPHS["captions"])
+    graph = make({"turns": {"mode": "manual"}, "language": "en"})
+    engine, native, _ = serve._engine(graph, str(model), "cpu", None, None, 2, serve.Memory())
+    assert native is None
+
+    async def heard() -> list[Text | Event]:
+        noise = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+        said: list[Text | Event] = []
+        async with graph.session(engine=engine) as session, asyncio.timeout(60):
+
+            async def read() -> None:
+                async for chunk in session.outputs():
+                    assert isinstance(chunk, Text | Event)
+                    said.append(chunk)
+
+            reading = asyncio.create_task(read())
+            await session.send(Audio(samples=noise, rate=RATE), "audio")
+            await session.send(Event(name="commit", rate=RATE, start=RATE), "control")
+            while not {"turn_end", "final"} <= {kind(chunk) for chunk in said}:
+                await asyncio.sleep(0.01)
+            session.finish()
+            await reading
+        return said
+
+    try:
+        said = asyncio.run(heard())
+    finally:
+        engine.close()
+    (end,) = [chunk for chunk in said if kind(chunk) == "turn_end"]
+    final = next(chunk for chunk in said if kind(chunk) == "final")
+    assert isinstance(final, Text)
+    assert final.text
+    assert final.end_seconds >= 1.0
+    assert end.start_seconds == pytest.approx(1.0, abs=0.01)
+    assert serve._heard_by("moshiko", "captions", GRAPHS["captions"]) is GRAPHS["captions"]
+    assert serve._heard_by(str(model), "dictate", GRAPHS["dictate"]) is GRAPHS["dictate"]
+
+
+def kind(chunk: Text | Event) -> str:
+    return chunk.name if isinstance(chunk, Event) else "final" if chunk.final else "text"
 
 
 def test_what_it_cannot_do_is_one_line(antiphon: Antiphon, model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from antiphon.pipelines.graph import Graph
@@ -28,7 +30,7 @@ def stage_of(graph: Graph, kind: type) -> object:
             {"captions.out", "turns.events", "respond.events", "speak.audio", "reply.out"},
         ),
         ("converse", {"audio", "control"}, {"converse.audio", "converse.said"}),
-        ("dictate", {"audio", "control"}, {"captions.out"}),
+        ("dictate", {"audio", "control"}, {"captions.out", "turns.events"}),
     ],
 )
 def test_inlets_and_outputs(name: str, inlets: set[str], outputs: set[str]) -> None:
@@ -62,14 +64,20 @@ def test_options_that_cannot_be(options: dict[str, object], message: str) -> Non
         captions(options)
 
 
-def test_dictation_has_one_option() -> None:
-    made = stage_of(dictate({"endpoint_ms": 250}), Dictate)
-    assert isinstance(made, Dictate)
-    assert made.endpoint == 0.25
+def test_a_model_that_writes_while_it_hears_takes_the_recognisers_place() -> None:
+    for name in ("captions", "parrot", "scenes", "talk"):
+        usual, dictated = GRAPHS[name]({}), partial(GRAPHS[name], dictated=True)({"endpoint_ms": 250, "language": "fr"})
+        dictated.validate()
+        assert len(usual.nodes) == len(dictated.nodes)
+        assert len(usual.connections) == len(dictated.connections)
+        assert not any(isinstance(node, Transcribe) for node in dictated.nodes)
+        made = stage_of(dictated, Dictate)
+        assert isinstance(made, Dictate)
+        assert made.endpoint == 0.25
     with pytest.raises(ValueError, match="endpoint_ms=-1"):
         dictate({"endpoint_ms": -1})
-    with pytest.raises(ValueError, match="no option 'language'"):
-        dictate({"language": "fr"})
+    with pytest.raises(ValueError, match="no option 'lookahead_ms'"):
+        dictate({"lookahead_ms": 80})
 
 
 def test_what_hears_of_a_graph_stands_alone() -> None:

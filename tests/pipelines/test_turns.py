@@ -451,6 +451,13 @@ def test_captions_and_control_reach_it() -> None:
                 assert named(made)[-1][0] == "speech_stop"
                 await tell("commit")
                 assert made[-1].data["reason"] == "manual"  # type: ignore[attr-defined]
+                await tell("turns", mode="semantic")
+                await hear(script((SPEECH, 10)))
+                pause = Event(name="pause", rate=RATE, start=at * WINDOW - 100)
+                await session.send(pause, "text")
+                await hear(script((SILENCE, 20)))  # ends by the recogniser's classifiers
+                assert made[-1].data["reason"] == "eou"  # type: ignore[attr-defined]
+                await tell("turns", mode="vad")
                 await tell("turns", threshold=7)
                 assert "threshold=7" in made[-1].data["message"]  # type: ignore[attr-defined]
                 await hear(script((SPEECH, 10)))
@@ -469,7 +476,7 @@ def test_captions_and_control_reach_it() -> None:
 
     made = run_virtual(main())
     reasons = [c.data["reason"] for c in made if isinstance(c, Event) and c.name == "turn_end"]
-    assert reasons == ["eou", "manual", "manual"]
+    assert reasons == ["eou", "manual", "eou", "manual"]
 
 
 def test_a_manual_turn_is_exactly_what_was_sent_between_commits() -> None:

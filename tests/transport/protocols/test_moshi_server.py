@@ -27,7 +27,7 @@ from antiphon.codecs.resample import resample
 from antiphon.pipelines.chunk import Audio, Text
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.graph import Graph
-from antiphon.pipelines.served import captions, converse, dictate, speaking
+from antiphon.pipelines.served import captions, converse, dictate, listening, speaking
 from antiphon.pipelines.speech import PARTS
 from antiphon.transport.protocols import moshi_server
 from antiphon.transport.protocols.moshi_server import ASR, FORMATS, HEARD, TTS, routes, unpack
@@ -165,7 +165,7 @@ def test_a_model_that_writes_streams_words_steps_and_markers(writer: Engine) -> 
                 await transcribed(client, noise, after=1.0)
             await until_free(service)
         # The same words as without a server; the marker came when what was said before it had been written.
-        expected = [word for word in await written(dictate({}), writer, sound) if word.text]
+        expected = [word for word in await written(listening(dictate({})), writer, sound) if word.text]
         assert len(client.words) > 5
         got = [(word["text"], *word["timestamp"]) for word in client.words]
         settled = [(word.text, word.start, word.end) for word in expected]
