@@ -154,11 +154,11 @@ class Speech:
         """Add the models to an engine, as ``name.lm``, ``name.flow`` and ``name.vocoder``. Blocks.
 
         slots: sessions. buckets: batch sizes of each; by default powers of two, the flow's and the vocoder's few, so
-        that nobody waits long for a step of others, and one of a model that computes row by row. options: as of
-        ``Engine.add``.
+        that nobody waits long for a step of others, and one of a model that computes row by row. A lone slot has no
+        neighbours to sound the same beside: its batches are of one. options: as of ``Engine.add``.
         """
         for part, model in self.parts.items():
-            most = MOST[part] if getattr(model, "batched", True) else 1
+            most = MOST[part] if slots > 1 and getattr(model, "batched", True) else 1
             sizes = buckets[part] if buckets else default_buckets(min(most, max(slots, EXACT_ROWS)))
             budget = URGENT if part == "lm" else None
             settings = {"tick": TICKS[part], "budget": budget} | options

@@ -51,7 +51,7 @@ class Synthesizer:
     def __init__(self, speech: Speech, *, device: torch.device | str = "cpu", sessions: int = 1) -> None:
         self.speech, self.sessions = speech, sessions
         self.engine = Engine(device, inline=True)
-        speech.install(self.engine, slots=sessions)
+        speech.install(self.engine, slots=sessions, measure=False)
 
     def register(self, name: str, voice: Voice) -> None:
         """See ``Speech.register``."""

@@ -118,7 +118,7 @@ def _play(
     inlet, speak = Inlet().named("text"), Speak(voice=name, seed=seed, arriving=arriving)
     graph = (inlet >> speak["text"]) | (speak["audio"] >> Speaker(device=speaker))
     with Engine(device) as engine, quiet_libraries():
-        loaded.speech.install(engine, slots=1)
+        loaded.speech.install(engine, slots=1, measure=False)
         loaded.speech.register(engine, name, voice)
         seconds, first = asyncio.run(_run(graph.session(engine=engine), text, loaded.speech.rate))
     return f"{seconds:.1f} s of audio; first after {first:.2f} s"

@@ -80,6 +80,7 @@ class Engine:
         buckets: Sequence[int] | None = None,
         exact: bool | None = None,
         tick: float | None = None,
+        measure: bool = True,
     ) -> None:
         """Allocate slots for a model, prepare its buckets (on CUDA capture their graphs) and measure its steps. Blocks.
 
@@ -88,6 +89,7 @@ class Engine:
         buckets: batch sizes; default powers of two to what the slots need, at least 4 and at most 256.
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
+        measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
         """
         if name in self._core.hosted:
             raise ValueError(f"a model named {name!r} was added before; choose another name")
@@ -99,7 +101,8 @@ class Engine:
         model.to(self.device).eval()
         model.prepare()
         host = partial(
-            self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact
+            self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact,
+            measure=measure,
         )  # fmt: skip
         self.ask_sync(host)
 

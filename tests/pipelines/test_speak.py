@@ -53,7 +53,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.fixture(scope="module")
 def expected(speech: Make) -> Samples:
     """What ``TEXT`` sounds like, said by itself."""
-    with Synthesizer(speech()) as models:
+    with Synthesizer(speech(), sessions=2) as models:
         models.register("ada", voice(1))
         return np.concatenate([piece.samples for piece in models.speak(TEXT, "ada", 3)])
 

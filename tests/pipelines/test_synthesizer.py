@@ -276,7 +276,7 @@ def test_a_folder_comes_back(tmp_path: Path, models: Synthesizer) -> None:
     loaded = load(tmp_path / "tiny", limits=FlowLimits(left=600, voices=8, prompt=40))
     assert list(loaded.voices) == ["bob", "ada"]
     assert loaded.speech.reader.lm.config == LM
-    with Synthesizer(loaded.speech) as read:
+    with Synthesizer(loaded.speech, sessions=2) as read:
         for name, one in loaded.voices.items():
             read.register(name, one)
         assert np.array_equal(sound(list(read.speak(SHORT, "ada", 7))), sound(list(models.speak(SHORT, "ada", 7))))
