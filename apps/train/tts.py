@@ -7,6 +7,7 @@
     vocoder     mel frames to sound
     lm          text to tokens
     card        all of it as a checkpoint with its card
+    evaluate    how well it speaks
 
 What each needs is in ``README.md`` beside this file.
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import tts_bank, tts_card, tts_flow, tts_lm, tts_tokens, tts_vocoder
+from . import tts_bank, tts_card, tts_eval, tts_flow, tts_lm, tts_tokens, tts_vocoder
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     command.command("vocoder")(tts_vocoder.train)
     command.command("lm")(tts_lm.train)
     command.command("card")(tts_card.card)
+    command.command("evaluate")(tts_eval.evaluate)
     command(list(arguments), standalone_mode=False, prog_name="antiphon train tts")
 
 
