@@ -371,7 +371,8 @@ def main(arguments: Sequence[str]) -> None:
     if not cuda:
         torch.set_num_threads(1)
     sys.setswitchinterval(options.switch)
-    until = time.monotonic() + 60 * options.minutes
+    begin = time.monotonic()
+    until = begin + 60 * options.minutes
     console = Console(stderr=True)
     rows: dict[Part, int] = {"lm": options.sessions, "flow": options.flow_rows, "vocoder": options.vocoder_rows}
     settings = Settings(
@@ -384,19 +385,28 @@ def main(arguments: Sequence[str]) -> None:
         rows,
     )
     numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "shapes": [], "failures": []}
+
+    def write() -> Path:
+        """What there is so far."""
+        command = " ".join(("antiphon bench speech", *arguments))
+        return write_result(options.name or f"speech_{device.type}", command, numbers, options.results)
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("making weights", total=None)
 
         def advance(what: str) -> None:
             progress.update(task, description=what)
+            if not console.is_terminal:
+                console.print(f"{time.monotonic() - begin:.0f} s: {what}", markup=False)
+            write()
 
         for name in options.shapes or (["0.5b"] if cuda else ["tiny"]):
             random = Random(SHAPES[name], settings, device, dtype)
-            numbers["shapes"].append({"name": name, **bench_shape(random, options, until, numbers, advance)})
+            numbers["shapes"].append({"name": name, "first": []})
+            bench_shape(random, options, until, numbers["shapes"][-1], numbers["failures"], advance)
             _release(device)
-    command = " ".join(("antiphon bench speech", *arguments))
-    path = write_result(options.name or f"speech_{device.type}", command, numbers, options.results)
+    path = write()
     report(numbers, console)
     console.print(f"wrote {path}")
     try:
@@ -408,16 +418,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def bench_shape(
-    random: Random, options: argparse.Namespace, until: float, numbers: dict[str, Any], advance: Advance
-) -> dict[str, Any]:
+    random: Random,
+    options: argparse.Namespace,
+    until: float,
+    found: dict[str, Any],
+    failures: list[str],
+    advance: Advance,
+) -> None:
     """All that is asked for, of one shape."""
-    failures, kinds = numbers["failures"], options.kinds
-    found: dict[str, Any] = {
-        "settings": {**dataclasses.asdict(random.settings), "prompt": random.shape.prompt, "seconds": random.seconds},
-        "state_bytes": random.slot_bytes(),
-        "flow_bytes_by_frames_kept": random.flow_bytes(LEFTS),
-        "first": [],
-    }
+    kinds = options.kinds
+    found["settings"] = {
+        **dataclasses.asdict(random.settings), "prompt": random.shape.prompt, "seconds": random.seconds
+    }  # fmt: skip
+    found["state_bytes"] = random.slot_bytes()
+    found["flow_bytes_by_frames_kept"] = random.flow_bytes(LEFTS)
     if "requests" in kinds:
         advance("requests alone, in a row and at once")
         with noting(failures, "requests"):
@@ -455,7 +469,6 @@ def bench_shape(
         with noting(failures, f"the reference {Upstream.name}"):
             found["first"].append(bench_reference(random, options.reference_rounds))
         _release(random.device)
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:
