@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from antiphon.apps.bench import speech
-from antiphon.apps.bench.speech_load import Said, open_places, run_load, say, schedule, text_of
+from antiphon.apps.bench.speech_load import Load, Said, open_places, run_load, say, schedule, text_of
+from antiphon.apps.bench.speech_models import NAME, SHAPES, Random, Settings
 from antiphon.pipelines.engine import Engine
 from antiphon.pipelines.speech import PARTS, Speech
 
-SETTINGS = speech.Settings((5, 10, 20), 40, None, (4, 12), (8, 32), (40, 20, 10), {"lm": 8, "flow": 4, "vocoder": 4})
+SETTINGS = Settings((5, 10, 20), 40, None, (4, 12), (8, 32), (40, 20, 10), {"lm": 8, "flow": 4, "vocoder": 4})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,8 +33,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def random() -> speech.Random:
-    return speech.Random(speech.SHAPES["tiny"], SETTINGS, torch.device("cpu"), torch.float32)
+def random() -> Random:
+    return Random(SHAPES["tiny"], SETTINGS, torch.device("cpu"), torch.float32)
 
 
 def run(folder: Path, kinds: list[str], dtype: str) -> dict[str, Any]:
@@ -85,10 +86,10 @@ def test_requests_sound_alike_in_a_row_and_at_once_in_short_floats(tmp_path: Pat
     assert requests["loud"]
 
 
-def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_hop(random: speech.Random) -> None:
+def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_hop(random: Random) -> None:
     async def both(engine: Engine) -> tuple[Said, Said]:
-        made = Speech.of(engine, speech.NAME)
-        places = await open_places(engine, speech.NAME, 2)
+        made = Speech.of(engine, NAME)
+        places = await open_places(engine, NAME, 2)
         texts = [text_of(random.shape.words, seed) for seed in (1, 2)]
         one, two = await asyncio.gather(
             *(say(made, place, text, seed, keep=True) for place, text, seed in zip(places, texts, (1, 2), strict=True))
@@ -119,14 +120,14 @@ def test_playback_that_waits_is_an_underrun() -> None:
     said.take(np.zeros(50, np.float32), 2.5, True)
     assert said.late == pytest.approx(0.3)
     assert said.spare(4.0) == 0
-    load = speech.Load(1, 0.5, [said])
+    load = Load(1, 0.5, [said])
     assert load.summary()["underruns"] == 1
     assert not load.summary()["held"]
     said.late = 0.0
     assert load.summary()["held"]
-    assert not speech.Load(1, 0.1, [said]).summary()["held"]
-    assert not speech.Load(1, 0.5, [said], unfinished=1).summary()["held"]
-    assert not speech.Load(1, 0.5).summary()["held"]
+    assert not Load(1, 0.1, [said]).summary()["held"]
+    assert not Load(1, 0.5, [said], unfinished=1).summary()["held"]
+    assert not Load(1, 0.5).summary()["held"]
 
 
 def test_utterances_are_due_one_after_the_other() -> None:
@@ -140,13 +141,13 @@ def test_utterances_are_due_one_after_the_other() -> None:
     assert plan == schedule(6, 8.0, 40.0, seed=1, jitter=0.5) != schedule(6, 8.0, 40.0, seed=2, jitter=0.5)
 
 
-def test_a_run_stops_when_it_is_hopeless_and_gives_its_places_back(random: speech.Random) -> None:
+def test_a_run_stops_when_it_is_hopeless_and_gives_its_places_back(random: Random) -> None:
     with Engine("cpu") as engine:
         random.install(engine, 2)
         load = asyncio.run(
             run_load(
                 engine,
-                speech.NAME,
+                NAME,
                 2,
                 random.seconds,
                 random.shape.words,
@@ -159,5 +160,5 @@ def test_a_run_stops_when_it_is_hopeless_and_gives_its_places_back(random: speec
         assert len(load.said) == 2
         assert not load.summary()["held"]
         assert all(load.said[0].done[part] > load.said[0].due for part in PARTS)
-        again = [engine.open_sync(f"{speech.NAME}.{part}") for part in PARTS for _ in range(2)]
+        again = [engine.open_sync(f"{NAME}.{part}") for part in PARTS for _ in range(2)]
     assert len(again) == 6
