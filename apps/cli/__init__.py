@@ -272,7 +272,7 @@ def codec(
 
 @app.command()
 def speak(
-    text: Annotated[str, typer.Argument(help="What to say.")] = "",
+    text: Annotated[str, typer.Argument(help="What to say; else what is piped in.")] = "",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File: .wav, .flac, .opus, .mp3; else it is played.")
     ] = None,

@@ -34,6 +34,7 @@ from .transcribe import check_device
 
 LIMITS = FlowLimits(left=1200, voices=1, prompt=1)
 PIECE = 4096  # bytes of standard input at once
+NOTHING = "there is nothing to say in this text"
 
 
 def run(
@@ -49,8 +50,11 @@ def run(
 ) -> None:
     """See ``antiphon speak --help``. Raises CommandError."""
     check_device(device)
-    if bool(text) == stream_from_stdin:
+    piped = not text and not sys.stdin.isatty()
+    if (text and stream_from_stdin) or not (text or stream_from_stdin or piped):
         raise CommandError("give the text to speak, or --stream-from-stdin for text that comes on standard input")
+    if output is not None and speaker is not None:
+        raise CommandError("-o writes a file, --speaker plays: give one of them")
     console = stderr()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -61,7 +65,7 @@ def run(
             loaded = speech_checkpoint.load(model, device=device, limits=LIMITS)
             name, chosen = voices.find(loaded, voice)
         loaded = replace(loaded, speech=loaded.speech.with_room_for([chosen]))
-        said = pieces() if stream_from_stdin else iter([text])
+        said = iter([text]) if text else pieces()
         if output is None:
             line = _play(loaded, name, chosen, device, said, speaker, seed, arriving=stream_from_stdin)
         else:
@@ -107,6 +111,8 @@ def _write(
             samples += len(piece.samples)
             bar.update(bar.task_ids[0], completed=samples / rate)
         took = time.perf_counter() - began
+    if not samples:
+        raise CommandError(NOTHING)
     return f"{samples / rate:.1f} s of audio; first after {first:.2f} s; {real_time_factor(took, samples / rate)}"
 
 
@@ -121,6 +127,8 @@ def _play(
         loaded.speech.install(engine, slots=1, measure=False)
         loaded.speech.register(engine, name, voice)
         seconds, first = asyncio.run(_run(graph.session(engine=engine), text, loaded.speech.rate))
+    if not seconds:
+        raise CommandError(NOTHING)
     return f"{seconds:.1f} s of audio; first after {first:.2f} s"
 
 

@@ -90,7 +90,7 @@ def test_writes_what_the_models_say(antiphon, model, expected, tmp_path, given):
     assert np.abs(written - expected[name]).max() < 1e-4
 
 
-def test_text_may_come_on_standard_input(antiphon, model, tmp_path, monkeypatch):
+def test_text_may_come_on_standard_input(antiphon, model, expected, tmp_path, monkeypatch):
     class Slow(io.BytesIO):
         def read1(self, size: int = -1) -> bytes:
             return super().read1(5)
@@ -99,8 +99,12 @@ def test_text_may_come_on_standard_input(antiphon, model, tmp_path, monkeypatch)
     with Synthesizer(loaded.speech) as models:
         models.register("bob", loaded.voices["bob"])
         said = np.concatenate([piece.samples for piece in models.speak("Grüße, " + TEXT, arriving=True)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Slow(("Grüße, " + TEXT).encode())))
     output = tmp_path / "out.flac"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Slow(TEXT.encode())))
+    status, _, err = antiphon("speak", "-o", output, "--model", model, "--seed", 5)  # sentence by sentence
+    assert status == 0, err
+    assert np.abs(audio_file.read(output, RATE) - expected["bob"]).max() < 1e-4
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Slow(("Grüße, " + TEXT).encode())))
     status, _, err = antiphon("speak", "--stream-from-stdin", "-o", output, "--model", model)
     assert status == 0, err
     assert np.abs(audio_file.read(output, RATE) - said).max() < 1e-4
@@ -114,6 +118,8 @@ def test_text_may_come_on_standard_input(antiphon, model, tmp_path, monkeypatch)
         (("hello", "--stream-from-stdin", "-o", "out.wav"), r"give the text to speak, or --stream-from-stdin"),
         (("hello", "-o", "out.wav", "--voice", "adda"), r"no voice or file 'adda'; did you mean 'ada'\?"),
         (("hello", "-o", "out.wav", "--device", "tpu"), r"no device 'tpu'"),
+        (("hello", "-o", "out.wav", "--speaker", "hdmi"), r"-o writes a file, --speaker plays: give one of them"),
+        (("... !", "-o", "out.wav"), r"there is nothing to say in this text"),
         (
             ("hello", "-o", "out.wav", "--voice", "long.wav"),
             r"long\.wav: the clip lasts 31\.0 s: cut it, a voice takes 1 to 30",
@@ -122,6 +128,7 @@ def test_text_may_come_on_standard_input(antiphon, model, tmp_path, monkeypatch)
 )
 def test_one_line_for_what_is_wrong(antiphon, model, tmp_path, monkeypatch, arguments, match):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     if "long.wav" in arguments:
         audio_file.write(Path("long.wav"), np.resize(audio_file.read(SAMPLE, RATE), 31 * RATE), RATE)
     status, out, err = antiphon("speak", *arguments, "--model", model)
