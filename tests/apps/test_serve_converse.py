@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +56,12 @@ def test_it_converses(address: str) -> None:
             assert np.abs(heard).max() > 1e-3
 
     asyncio.run(run())
+
+
+def test_kyutais_clients_see_that_all_is_well(address: str) -> None:
+    for path, told in (("build_info", {"name": "antiphon", "model": "converse"}), ("modules_info", [])):
+        with urllib.request.urlopen(f"http://{address}/api/{path}", timeout=10) as answer:
+            assert json.load(answer) == told
 
 
 def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
