@@ -10,9 +10,7 @@ recogniser's encoder, whose frames also come 12.5 times a second, as Mimi's is f
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,8 +30,8 @@ from ...models.conformer.checkpoint import load as load_recogniser
 from ...models.conformer.encoder import ConformerEncoder
 from .bank import LOUDNESS, Bank
 from .codec_losses import Judges, MelDistance
-from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, schedule
+from .run import Device, Fit, Graphs, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until
 from .voices import RATE
 from .voices.signal import CLIP_RATE, PLAIN, resample
 
@@ -378,39 +375,29 @@ def measured(codec: Mimi, crops: Crops, batches: int = 4) -> dict[str, float]:
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train bank' made.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and codec go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 8000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 1000,
+    steps: Steps = 8000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 1000,
     rows: Annotated[int, typer.Option(help="Crops in a batch.")] = Recipe.rows,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
-    graphs: Annotated[bool, typer.Option(help="Run steps as CUDA graphs.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    rate: Rate = Recipe.rate,
+    graphs: Graphs = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train a small Mimi."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
+    run = Run(device, until, minutes, fit, save_every, graphs)
     spoken = Bank(bank)
-    pcm = torch.from_numpy(np.array(spoken.pcm)).to(place)
+    pcm = torch.from_numpy(np.array(spoken.pcm)).to(run.device)
     recipe = Recipe(rows=rows, rate=rate)
     crops = Crops(spoken, pcm, recipe, seed)
-    teacher = Teacher.embedded(recipe.lag, place)
-    training = CodecTraining(TINY, recipe, crops, teacher, out, steps, seed, graphs and place.type == "cuda")
+    teacher = Teacher.embedded(recipe.lag, run.device)
+    training = CodecTraining(TINY, recipe, crops, teacher, out, steps, seed, run.graphs)
     count = sum(value.numel() for value in training.student.mimi.state_dict().values())
-    console.print(f"{count / 1e6:.2f} M numbers, {len(pcm) / RATE / 3600:.2f} h of sound, on {place.type}")
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
+    run.train(training, f"{count / 1e6:.2f} M numbers, {len(pcm) / RATE / 3600:.2f} h of sound")
     codec = training.codec()
-    found = measured(codec, crops)
-    console.print(json.dumps(found))
-    (out / RUN).write_text(
-        json.dumps({**training.settings, "command": sys.argv, "steps": training.step, "measured": found}, indent=1)
-    )
+    run.record(training, measured(codec, crops))
     mimi_checkpoint.save(out / CODEC, codec)
 
 

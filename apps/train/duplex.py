@@ -12,9 +12,7 @@ Kyutai's layout, with averaged weights: what ``antiphon serve --graph converse -
 from __future__ import annotations
 
 import io
-import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,6 @@ import numpy as np
 import sentencepiece
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,8 +33,9 @@ from ...models.moshi.lm import MoshiLM
 from .bank import Bank
 from .dialogues import FRAME, PAD, Batch, Composer, Dialogues, Encode, Style
 from .domain import answers
-from .duplex_card import RUN, export
-from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
+from .duplex_card import export
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, schedule
+from .run import RUN, Device, Fit, Graphs, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until, record_of
 from .voices import RATE
 
 MODEL = "model"
@@ -248,31 +246,28 @@ def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train bank' made.")],
     codec: Annotated[Path, typer.Option(help="What 'antiphon train codec' made, or another Mimi.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and model go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 15000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 1000,
+    steps: Steps = 15000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 1000,
     rows: Annotated[int, typer.Option(help="Dialogues in a batch.")] = Recipe.rows,
     frames: Annotated[int, typer.Option(help="Frames of a dialogue.")] = Recipe.frames,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
-    graphs: Annotated[bool, typer.Option(help="Run steps as CUDA graphs.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    rate: Rate = Recipe.rate,
+    graphs: Graphs = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train a tiny full-duplex dialogue model."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
+    run = Run(device, until, minutes, fit, save_every, graphs)
     out.mkdir(parents=True, exist_ok=True)
     spoken = Bank(bank)
     tokenizer = out / "tokenizer.model"
     if not tokenizer.is_file():
         tokenizer.write_bytes(train_tokenizer(answers()))
     encode = Encode(tokenizer.read_bytes())
-    pcm = torch.from_numpy(np.array(spoken.pcm)).to(place)
-    mimi = mimi_checkpoint.load(codec, steps=(1,), device=place)
+    pcm = torch.from_numpy(np.array(spoken.pcm)).to(run.device)
+    mimi = mimi_checkpoint.load(codec, steps=(1,), device=run.device)
     recipe = Recipe(rows=rows, frames=frames, rate=rate)
     dialogues = Dialogues(Composer(spoken, encode, frames, Style()), pcm, rows, seed)
     others = {"train": dialogues}
@@ -280,29 +275,16 @@ def train(
         test = Composer(spoken, encode, frames, Style(), "question")
         others["held-out questions and voices"] = Dialogues(test, pcm, rows, seed)
     except ValueError as error:
-        console.print(f"nothing to test on: {error}")
+        run.console.print(f"nothing to test on: {error}")
     lm_settings = settings(encode.size, mimi)
-    training = DuplexTraining(
-        lm_settings, recipe, dialogues, mimi, out, steps, seed, graphs and place.type == "cuda"
-    )  # fmt: skip
+    training = DuplexTraining(lm_settings, recipe, dialogues, mimi, out, steps, seed, run.graphs)
     count = sum(parameter.numel() for parameter in training.lm.parameters())
-    console.print(f"{count / 1e6:.2f} M parameters, {len(pcm) / RATE / 3600:.2f} h of utterances, on {place.type}")
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
-    found = {name: training.measured(some) for name, some in others.items()}
-    console.print(json.dumps(found))
-    run = {
-        **training.settings,
-        "command": sys.argv,
-        "steps": training.step,
-        "measured": found,
-        "bank": spoken.summary(),
-    }
-    if (beside := codec.parent / RUN).is_file():
-        run["codec"] = json.loads(beside.read_text(encoding="utf-8"))
-    (out / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
-    export(out / MODEL, training.weights.averaged(training.lm), mimi, tokenizer.read_bytes(), lm_settings, run)
+    run.train(training, f"{count / 1e6:.2f} M parameters, {len(pcm) / RATE / 3600:.2f} h of utterances")
+    facts: dict[str, Any] = {"bank": spoken.summary()}
+    if (codec.parent / RUN).is_file():
+        facts["codec"] = record_of(codec.parent)
+    record = run.record(training, {name: training.measured(some) for name, some in others.items()}, **facts)
+    export(out / MODEL, training.weights.averaged(training.lm), mimi, tokenizer.read_bytes(), lm_settings, record)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ from ...codecs.mimi import Mimi
 from ...models.moshi import checkpoint
 from ...models.moshi.lm import MoshiLM
 from ..bench.common import command_line
+from .run import record_of
 
-RUN = "run.json"
 CARD = "README.md"
 LARGEST = 25_000_000  # bytes of a model that ships with the package
 
@@ -136,7 +136,7 @@ def main(
     figures: Annotated[Path | None, typer.Option(help="JSON that duplex_eval.py wrote.")] = None,
 ) -> None:
     """Copy a run's model to where it ships from, with a card that has the figures."""
-    facts = json.loads((run / RUN).read_text(encoding="utf-8"))
+    facts = record_of(run)
     numbers = json.loads(figures.read_text(encoding="utf-8"))["numbers"] if figures else None
     shutil.copytree(run / "model", model, dirs_exist_ok=True)
     (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers), encoding="utf-8")

@@ -22,7 +22,8 @@ from ...models.cosyvoice.sampling import Sampling
 from ...models.cosyvoice.voice import Voice
 from ...pipelines import speech_checkpoint
 from ..bench.common import command_line
-from .duplex_card import CARD, RUN, size_of
+from .duplex_card import CARD, size_of
+from .run import record_of
 from .tts_flow import load_flow
 from .tts_lm import TOKENIZER_FILE, load_lm
 from .tts_sizes import VOICE_TOKENS, VOICES
@@ -56,7 +57,7 @@ def export(
     for name, token in zip(VOICES, VOICE_TOKENS, strict=True):
         voice = voice_of(name, embeddings[name], token, flow.config.mels)
         voice.save(folder / speech_checkpoint.VOICES / f"{name}.safetensors")
-    facts = {part: json.loads((run / RUN).read_text(encoding="utf-8")) for part, run in runs.items()}
+    facts = {part: record_of(run) for part, run in runs.items()}
     sizes = {part: sum(value.numel() for value in network.state_dict().values())
              for part, network in zip(PARTS, (lm, flow, vocoder), strict=True)}  # fmt: skip
     card = write_card(folder.name, size_of(folder), sizes, facts, figures)

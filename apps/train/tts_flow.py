@@ -11,9 +11,6 @@ learned vector. Stop and start again at will. ``OUT/flow.safetensors`` has avera
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +21,13 @@ import safetensors.torch
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 
 from ...models.cosyvoice.flow import FlowMatching
 from ...models.cosyvoice.flow_config import RATE, FlowConfig
 from ...models.cosyvoice.flow_context import Mask
-from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, schedule
+from .run import Device, Fit, Graphs, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until, record_of
 from .tts_bank import Batches, SpeechBank, Spoken, gathered
 from .tts_sizes import FLOW, VOICES
 
@@ -175,7 +171,7 @@ class FlowTraining(Loop):
 
 def load_flow(run: Path) -> tuple[FlowMatching, dict[str, Tensor]]:
     """The flow of a training's folder, and the voices' embeddings by name."""
-    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
+    settings = record_of(run)["config"]
     flow = FlowMatching(FlowConfig(**settings))
     flow.load_state_dict(safetensors.torch.load_file(run / FLOW_FILE))
     return flow.eval(), safetensors.torch.load_file(run / VOICES_FILE)
@@ -184,36 +180,26 @@ def load_flow(run: Path) -> tuple[FlowMatching, dict[str, Tensor]]:
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made, with its tokens.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and flow go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 20000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 2000,
+    steps: Steps = 20000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 2000,
     room: Annotated[int, typer.Option(help="Speech tokens in a batch.")] = Recipe.room,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
-    graphs: Annotated[bool, typer.Option(help="Run steps as CUDA graphs.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    rate: Rate = Recipe.rate,
+    graphs: Graphs = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train the flow matching and its voices."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
-    examples, others = Examples.of(SpeechBank(bank), place)
+    run = Run(device, until, minutes, fit, save_every, graphs)
+    examples, others = Examples.of(SpeechBank(bank), run.device)
     recipe = Recipe(room=room, rate=rate)
-    training = FlowTraining(FLOW, recipe, examples, out, steps, seed, graphs and place.type == "cuda")
+    training = FlowTraining(FLOW, recipe, examples, out, steps, seed, run.graphs)
     count = sum(value.numel() for value in training.student.flow.state_dict().values())
-    console.print(f"{count / 1e6:.2f} M numbers, {len(examples.utterances):,} utterances, on {place.type}")
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
+    run.train(training, f"{count / 1e6:.2f} M numbers, {len(examples.utterances):,} utterances")
     found = {"train": training.measured(examples)}
     if others.utterances:
         found["held-out sentences"] = training.measured(others)
-    console.print(json.dumps(found))
-    (out / RUN).write_text(
-        json.dumps({**training.settings, "command": sys.argv, "steps": training.step, "measured": found}, indent=1),
-        encoding="utf-8",
-    )
+    run.record(training, found)
     training.save_model()

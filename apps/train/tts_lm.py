@@ -10,10 +10,7 @@ averaged weights, is ``OUT/lm.safetensors``, its text tokens ``OUT/tokenizer.jso
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +20,6 @@ import safetensors.torch
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from torch import Tensor
@@ -33,8 +29,8 @@ from ...models.cosyvoice.lm import SpeechLM
 from ...models.cosyvoice.lm_config import LMConfig
 from ...models.cosyvoice.stream import IGNORED, lay_out
 from ...pipelines.speech_checkpoint import configured
-from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, schedule
+from .run import Device, Fit, Graphs, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until, record_of
 from .tts_bank import MARKS, Batches, SpeechBank, Spoken, characters, gathered
 from .tts_sizes import ALPHABET, LM, TOKEN, VOICE_TOKENS, VOICES
 from .voices import RATE
@@ -218,8 +214,16 @@ class LMTraining(Loop):
     def state(self) -> dict[str, Any]:
         return {"lm": self.weights.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.weights.load(state["lm"])
+
+    def save_model(self) -> None:
+        """Write the averaged model and its text tokens."""
+        (self.out / TOKENIZER_FILE).write_text(text_tokenizer(), encoding="utf-8")
+        weights = self.weights.averaged(self.lm).state_dict()
+        safetensors.torch.save_file(
+            {key: value.contiguous().cpu() for key, value in weights.items()}, self.out / LM_FILE
+        )
 
 
 def hours_of(utterances: Sequence[Spoken]) -> dict[str, dict[str, float]]:
@@ -233,8 +237,7 @@ def hours_of(utterances: Sequence[Spoken]) -> dict[str, dict[str, float]]:
 
 def load_lm(run: Path) -> SpeechLM:
     """The language model of a training's folder."""
-    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
-    lm = SpeechLM(configured(LMConfig, settings))
+    lm = SpeechLM(configured(LMConfig, record_of(run)["config"]))
     lm.load_state_dict(safetensors.torch.load_file(run / LM_FILE))
     return lm.eval()
 
@@ -242,43 +245,33 @@ def load_lm(run: Path) -> SpeechLM:
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made and 'tts encode' went over.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and model go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 15000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 1000,
+    steps: Steps = 15000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 1000,
     room: Annotated[int, typer.Option(help="Tokens of a batch.")] = Recipe.room,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
+    rate: Rate = Recipe.rate,
     hide: Annotated[float, typer.Option(help="Most of what is read that is hidden.")] = Recipe.hide,
-    graphs: Annotated[bool, typer.Option(help="Run steps as CUDA graphs.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    graphs: Graphs = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train the embedded voice's language model."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
+    run = Run(device, until, minutes, fit, save_every, graphs)
     spoken = SpeechBank(bank)
     recipe = replace(Recipe(), room=room, rate=rate, hide=hide)
     layouts, unseen = (
-        Layouts(LM, some, spoken.tokens, place) for some in (spoken.train, spoken.test or spoken.train[:WATCHED])
+        Layouts(LM, some, spoken.tokens, run.device) for some in (spoken.train, spoken.test or spoken.train[:WATCHED])
     )
-    training = LMTraining(LM, recipe, layouts, unseen, out, steps, seed, graphs and place.type == "cuda")
+    training = LMTraining(LM, recipe, layouts, unseen, out, steps, seed, run.graphs)
     count = sum(parameter.numel() for parameter in training.lm.parameters())
     mixed = float((layouts.drawn == LM.fill).sum()) / len(layouts.counts)
-    console.print(
+    run.train(
+        training,
         f"{count / 1e6:.2f} M parameters, {len(layouts.counts):,} utterances of {layouts.counts.mean():.0f} tokens and "
-        f"{mixed:.1f} blocks, on {place.type}"
+        f"{mixed:.1f} blocks",
     )
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
     found = {"train": training.measured(layouts), "unseen": training.measured(unseen)}
-    console.print(json.dumps(found))
-    facts = {"steps": training.step, "measured": found, "voices": hours_of(spoken.utterances)}
-    run = {**training.settings, "command": sys.argv, **facts}
-    (out / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
-    (out / TOKENIZER_FILE).write_text(text_tokenizer(), encoding="utf-8")
-    weights = training.weights.averaged(training.lm).state_dict()
-    safetensors.torch.save_file({key: value.contiguous().cpu() for key, value in weights.items()}, out / LM_FILE)
+    run.record(training, found, voices=hours_of(spoken.utterances))
+    training.save_model()

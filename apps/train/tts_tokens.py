@@ -10,9 +10,6 @@ averaged weights; ``tokens.npy`` and ``mel.npy`` in the bank are what it and ``P
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +21,6 @@ import safetensors.torch
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,8 +28,8 @@ from ...codecs.prompt_mel import PromptMel
 from ...codecs.speech_tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from ...codecs.whisper_mel import WhisperMel
 from .codec import Teacher
-from .duplex_card import RUN
-from .loop import Loop, Losses, Weights, placed, plain, prepare, schedule
+from .loop import Loop, Losses, Weights, placed, plain, schedule
+from .run import Device, Fit, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until, record_of
 from .tts_bank import MEL, TOKENS, Batches, SpeechBank, Spoken, characters, gathered
 from .tts_sizes import ALPHABET, FRAME, TOKEN, TOKENIZER, VOICES
 from .voices.signal import PLAIN, resample
@@ -282,7 +278,7 @@ class TokensTraining(Loop):
 
 def load_tokenizer(run: Path, device: torch.device) -> SpeechTokenizer:
     """The tokenizer of a training's folder."""
-    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
+    settings = record_of(run)["config"]
     tokenizer = SpeechTokenizer(SpeechTokenizerConfig(**settings))
     tokenizer.load_state_dict(safetensors.torch.load_file(run / TOKENIZER_FILE))
     return tokenizer.to(device).eval()
@@ -325,40 +321,30 @@ def encode(
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and tokenizer go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 10000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 2000,
+    steps: Steps = 10000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 2000,
     room: Annotated[int, typer.Option(help="Speech tokens in a batch.")] = Recipe.room,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    rate: Rate = Recipe.rate,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train the speech tokenizer, and write the bank's tokens and mel frames."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
+    run = Run(device, until, minutes, fit, save_every)
     spoken = SpeechBank(bank)
-    made = features(spoken, TOKENIZER.mels, Teacher.embedded(0, place), place)
+    made = features(spoken, TOKENIZER.mels, Teacher.embedded(0, run.device), run.device)
     _write(spoken, MEL, made.mel.cpu().numpy())
     recipe = Recipe(room=room, rate=rate)
     training = TokensTraining(TOKENIZER, recipe, spoken.train, made, out, steps, seed)
     count = sum(value.numel() for value in training.student.tokenizer.state_dict().values())
-    console.print(f"{count / 1e6:.2f} M numbers, {len(spoken.train):,} utterances, on {place.type}")
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
+    run.train(training, f"{count / 1e6:.2f} M numbers, {len(spoken.train):,} utterances")
     found = {"train": training.measured(training)}
     if spoken.test:
         other = TokensTraining(TOKENIZER, recipe, spoken.test, made, out, steps, seed)
         found["held-out sentences"] = training.measured(other)
-    console.print(json.dumps(found))
-    (out / RUN).write_text(
-        json.dumps({**training.settings, "command": sys.argv, "steps": training.step, "measured": found}, indent=1),
-        encoding="utf-8",
-    )
+    run.record(training, found)
     tokenizer = training.tokenizer()
     safetensors.torch.save_file(tokenizer.state_dict(), out / TOKENIZER_FILE)
     _write(spoken, TOKENS, encoded(tokenizer, spoken, made.heard))

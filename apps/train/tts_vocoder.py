@@ -9,9 +9,7 @@ start again at will. The vocoder, with averaged weights, is ``OUT/vocoder.safete
 
 from __future__ import annotations
 
-import json
-import sys
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +18,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,8 +25,8 @@ from ...codecs.hift import HiFT, HiFTConfig
 from ...codecs.prompt_mel import PromptMel
 from ...pipelines.speech_checkpoint import configured
 from .codec_losses import Judges, MelDistance
-from .duplex_card import RUN
-from .loop import Graphed, Loop, Losses, Weights, placed, plain, prepare, schedule
+from .loop import Graphed, Loop, Losses, Weights, placed, plain, schedule
+from .run import Device, Fit, Graphs, Minutes, Rate, Run, SaveEvery, Seed, Steps, Until, record_of
 from .tts_bank import SpeechBank, Spoken
 from .tts_sizes import FRAME, TOKEN, VOCODER
 from .voices import RATE
@@ -138,7 +135,8 @@ class Student(nn.Module):
         with torch.no_grad():
             self.vocoder.f0_predictor.classifier.weight.mul_(100)
             self.vocoder.f0_predictor.classifier.bias.fill_(100)
-            self.vocoder.conv_post.bias[: config.n_fft // 2 + 1] = -3
+            last: nn.Conv1d = self.vocoder.conv_post
+            last.bias[: config.n_fft // 2 + 1] = -3  # type: ignore[index]
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, n, mels]`` -> sound ``[B, 480 n]`` and hertz ``[B, n]``."""
@@ -215,13 +213,15 @@ class VocoderTraining(Loop):
     def state(self) -> dict[str, Any]:
         return {"student": self.weights.state(), "judges": self.judging.state()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         self.weights.load(state["student"])
         self.judging.load(state["judges"])
 
-    def vocoder(self) -> HiFT:
-        """With averaged weights."""
-        return self.weights.averaged(self.student).vocoder
+    def save_model(self) -> None:
+        """Write the averaged vocoder."""
+        weights = self.weights.averaged(self.student).vocoder.state_dict()
+        cpu = {name: value.contiguous().cpu() for name, value in weights.items()}
+        safetensors.torch.save_file(cpu, self.out / VOCODER_FILE)
 
     @torch.no_grad()
     def measured(self, crops: Crops, batches: int = 4) -> dict[str, float]:
@@ -244,8 +244,7 @@ class VocoderTraining(Loop):
 
 def load_vocoder(run: Path) -> HiFT:
     """The vocoder of a training's folder."""
-    settings = json.loads((run / RUN).read_text(encoding="utf-8"))["config"]
-    vocoder = HiFT(configured(HiFTConfig, settings))
+    vocoder = HiFT(configured(HiFTConfig, record_of(run)["config"]))
     vocoder.load_state_dict(safetensors.torch.load_file(run / VOCODER_FILE))
     return vocoder.eval()
 
@@ -253,40 +252,31 @@ def load_vocoder(run: Path) -> HiFT:
 def train(
     bank: Annotated[Path, typer.Option(help="What 'antiphon train tts bank' made.")],
     out: Annotated[Path, typer.Option(help="Where checkpoint, log and vocoder go.")],
-    steps: Annotated[int, typer.Option(help="Updates in all; the schedule follows from it.")] = 10000,
-    until: Annotated[int | None, typer.Option(help="Stop at this step; start again to go on.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after so long; start again to go on.")] = None,
-    fit: Annotated[bool, typer.Option(help="Let --steps follow from --minutes at the measured pace.")] = False,
-    save_every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 1000,
+    steps: Steps = 10000,
+    until: Until = None,
+    minutes: Minutes = None,
+    fit: Fit = False,
+    save_every: SaveEvery = 1000,
     rows: Annotated[int, typer.Option(help="Crops in a batch.")] = Recipe.rows,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = Recipe.rate,
-    graphs: Annotated[bool, typer.Option(help="Run steps as CUDA graphs.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
+    rate: Rate = Recipe.rate,
+    graphs: Graphs = True,
+    device: Device = "cpu",
+    seed: Seed = 0,
 ) -> None:
     """Train the embedded voice's vocoder."""
-    began = time.perf_counter()
-    console = Console()
-    place = torch.device(device)
-    prepare(place)
+    run = Run(device, until, minutes, fit, save_every, graphs)
     spoken = SpeechBank(bank)
-    pcm = torch.from_numpy(np.array(spoken.pcm)).to(place)
+    pcm = torch.from_numpy(np.array(spoken.pcm)).to(run.device)
     hertz = contour(pcm)
     recipe = Recipe(rows=rows, rate=rate)
     crops, unseen = (Crops(some, pcm, hertz, recipe, seed) for some in (spoken.train, spoken.test or spoken.train))
-    training = VocoderTraining(VOCODER, recipe, crops, out, steps, seed, graphs and place.type == "cuda")
+    training = VocoderTraining(VOCODER, recipe, crops, out, steps, seed, run.graphs)
     count = sum(value.numel() for value in training.student.vocoder.state_dict().values())
     voiced = float((hertz > 0).float().mean())
-    console.print(
+    run.train(
+        training,
         f"{count / 1e6:.2f} M numbers, {len(pcm) / RATE / 3600:.2f} h of speech, {voiced:.0%} of it voiced, around "
-        f"{float(hertz[hertz > 0].median()):.0f} Hz, on {place.type}"
+        f"{float(hertz[hertz > 0].median()):.0f} Hz",
     )
-    if training.resume():
-        console.print(f"continuing at step {training.step}")
-    training.run(until, minutes and minutes - (time.perf_counter() - began) / 60, fit, save_every)
-    found = training.measured(unseen)
-    console.print(json.dumps(found))
-    run = {**training.settings, "command": sys.argv, "steps": training.step, "measured": found}
-    (out / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
-    weights = {name: value.contiguous().cpu() for name, value in training.vocoder().state_dict().items()}
-    safetensors.torch.save_file(weights, out / VOCODER_FILE)
+    run.record(training, training.measured(unseen))
+    training.save_model()

@@ -22,6 +22,7 @@ from antiphon.apps.train.domain import answers
 from antiphon.apps.train.duplex import DuplexTraining, Recipe, codes_of, settings, speaking, train_tokenizer
 from antiphon.apps.train.duplex_card import LARGEST, export, write_card
 from antiphon.apps.train.duplex_eval import Call, Cast, Model, converse
+from antiphon.apps.train.run import RUN
 from antiphon.codecs.mimi import Mimi, MimiConfig
 from antiphon.models.moshi import checkpoint
 from antiphon.models.moshi.config import UNSET, read_config
@@ -221,7 +222,7 @@ def test_the_card_tells_what_went_in_and_how_it_behaves(
     facts = {**run.settings, "command": ["x", "--minutes", "3"], "steps": 7, "measured": {"right": 0.25}}
     facts["bank"] = bank.summary()
     facts["codec"] = {"command": ["x"], "recipe": {}, "measured": {"mel": 1.5}, "seed": 0, "steps": 9}
-    (tmp_path / duplex_card.RUN).write_text(json.dumps(facts))
+    (tmp_path / RUN).write_text(json.dumps(facts))
     lm_settings = settings(Encode(tokenizer).size, codec, **SMALL)
     export(tmp_path / "model", run.lm, codec, tokenizer, lm_settings, facts)
     figures = {"numbers": {"sets": {"known": {"answers within 2 s": {"value": 3, "of": 8}}}, "calls": 8, "seed": 0}}
