@@ -52,13 +52,14 @@ from .tts_bank import SpeechBank, unseen_sentences
 from .tts_card import tables
 from .tts_sizes import VOICES
 from .voices import RATE, Line, Teacher
-from .voices.signal import CLIP_RATE, resample
+from .voices.signal import CLIP_RATE, PLAIN, resample
 
 Samples = NDArray[np.float32]
 
-LIMITS = FlowLimits(left=1200, voices=len(VOICES))
+LIMITS = FlowLimits(left=1200, voices=len(VOICES), prompt=1)
 TOGETHER = 4  # utterances spoken in one batch where their pace is not measured
 REFERENCES = 20  # utterances of the bank that a voice is compared with
+FIRST = 30  # sounds of a speaker that PLCMOS hears, which takes its time
 ESPEAK = "espeak-ng"
 
 
@@ -102,7 +103,8 @@ def whole(speech: Speech, synthesis: Heard, embedding: torch.Tensor) -> Samples:
             mel = flow.generate(tokens, length, nothing, embedding.to(tokens.device)[None], Mask(flow.config.chunk))
             seed = torch.tensor([passage.seed], device=tokens.device)
             made.append(speech.vocoder(mel, seed=seed)[0].float().cpu())
-    return torch.cat(made).numpy()
+    sound: Samples = torch.cat(made).numpy()
+    return sound
 
 
 def speak_all(
@@ -181,7 +183,9 @@ def read_wave(path: Path) -> Samples:
         sound = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
     divisor = gcd(rate, RATE)
     ratio = RATE // divisor, rate // divisor
-    return resample(torch.from_numpy(sound), ratio).numpy() if rate != RATE else sound
+    if rate != RATE:
+        sound = resample(torch.from_numpy(sound), ratio).numpy()
+    return np.asarray(sound, np.float32)
 
 
 def write_wave(path: Path, sound: Samples) -> None:
@@ -199,7 +203,7 @@ def write_wave(path: Path, sound: Samples) -> None:
 
 def at_16_khz(sound: Samples) -> Samples:
     """What the judges hear: 16 kHz, within -1 ... 1, half a second at least."""
-    low = resample(torch.from_numpy(np.ascontiguousarray(sound)), (CLIP_RATE, RATE)).numpy() if len(sound) else sound
+    low = resample(torch.from_numpy(np.ascontiguousarray(sound)), PLAIN).numpy() if len(sound) else sound
     low = np.pad(low, (0, max(0, CLIP_RATE // 2 - len(low))))
     return (low / max(1.0, float(np.abs(low).max()))).astype(np.float32)
 
@@ -218,7 +222,7 @@ class Judges:
         else:
             self._hear = whisper_judge(whisper)
         try:
-            from speechmos import plcmos
+            from speechmos import plcmos  # type: ignore[import-untyped]
 
             self._plcmos = plcmos
         except ImportError as error:
@@ -227,7 +231,7 @@ class Judges:
             self.missing["similarity"] = "no --bank was given to compare voices with"
             return
         try:
-            from resemblyzer import VoiceEncoder
+            from resemblyzer import VoiceEncoder  # type: ignore[import-untyped]
         except ImportError as error:
             self.missing["similarity"] = f"pip install resemblyzer 'setuptools<81' ({error})"
             return
@@ -259,10 +263,11 @@ class Judges:
         return round(errors.rate, 2), heard
 
     def plcmos(self, sounds: Sequence[Samples | None]) -> float | None:
-        """The mean over sounds."""
-        if self._plcmos is None or any(sound is None for sound in sounds):
+        """The mean over the first ``FIRST`` sounds."""
+        heard = [sound for sound in sounds[:FIRST] if sound is not None]
+        if self._plcmos is None or not heard:
             return None
-        scores = [float(self._plcmos.run(at_16_khz(sound), sr=CLIP_RATE)["plcmos"]) for sound in sounds]  # type: ignore[arg-type]
+        scores = [float(self._plcmos.run(at_16_khz(sound), sr=CLIP_RATE)["plcmos"]) for sound in heard]
         return round(float(np.mean(scores)), 3)
 
     def similarity(self, sounds: Sequence[Samples]) -> dict[str, float]:
@@ -337,7 +342,7 @@ def speed(loaded: Loaded, texts: Sequence[str], threads: int, device: str, tick:
 # ---------------------------------------------------------------- all of it
 
 
-def evaluate(
+def everything(
     model: str,
     texts: Sequence[str],
     judges: Judges,
@@ -392,12 +397,14 @@ def evaluate(
         for label, (own, made) in spoken_by.items():
             figures["speakers"][label] = judges.judge(made, own)
             tick()
-        ours = [one for name in loaded.voices for one in spoken_by[f"this, {name}"][1]]
-        figures["seams"] = seams(ours)
-        streamed, at_once = judges.plcmos([one.stream for one in ours]), judges.plcmos([one.whole for one in ours])
-        figures["plcmos"] = {"stream": streamed, "whole": at_once}
-        figures["stream less whole"] = None if streamed is None or at_once is None else round(streamed - at_once, 4)
-        figures["largest difference"] = difference(ours)
+        ours = {name: spoken_by[f"this, {name}"][1] for name in loaded.voices}
+        spoken_here = [one for made in ours.values() for one in made]
+        figures["seams"], figures["largest difference"] = seams(spoken_here), difference(spoken_here)
+        figures["plcmos of the whole"] = at_once = {
+            name: judges.plcmos([one.whole for one in made]) for name, made in ours.items()
+        }
+        less = [figures["speakers"][f"this, {name}"]["plcmos"] - at_once[name] for name in ours if at_once[name]]
+        figures["stream less whole"] = round(float(np.mean(less)), 4) if less else None
         tick()
     if samples is not None:
         for label, (_, made) in spoken_by.items():
@@ -408,7 +415,7 @@ def evaluate(
     return figures
 
 
-def measure(
+def evaluate(
     texts: Annotated[Path, typer.Option(help="Text that no bank holds; its sentences of 4 to 16 words are spoken.")],
     out: Annotated[Path, typer.Option(help="JSON file for the figures.")],
     model: Annotated[str | None, typer.Option(help="Folder or name; by default the embedded voice.")] = None,
@@ -429,7 +436,7 @@ def measure(
     if model is None:
         raise typer.BadParameter("no voice comes with this package: give --model")
     judges = Judges(whisper, bank)
-    figures = evaluate(
+    figures = everything(
         model, unseen_sentences(texts, count), judges, kokoro=kokoro, work=out.parent, samples=samples, each=each,
         timed=timed, threads=threads, device=device, seed=seed, console=console,
     )  # fmt: skip
