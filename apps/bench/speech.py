@@ -270,37 +270,50 @@ def bench_shape(
             found["requests"] = bench_requests(random)
         _release(random.device)
     if {"first", "stages", "load", "floor"} & set(kinds):
-        slots = min(options.sessions, room(random, options.reserve_gb * 1e9))
-        with Engine(random.device) as engine:
-            advance(f"capturing for {slots} sessions")
-            began = time.perf_counter()
-            speech = random.install(engine, slots)
-            found["ready_seconds"] = round(time.perf_counter() - began, 1)
-            if "first" in kinds:
-                advance("first audio")
-                with noting(failures, "first"):
-                    found["first"].append(bench_first(engine, random, options.rounds))
-            if "stages" in kinds:
-                advance("stages")
-                with noting(failures, "stages"):
-                    found["stages"] = bench_stages(engine, NAME, speech, options.batches, random.shape.prompt)
-            if "load" in kinds:
-                with noting(failures, "load"):
-                    found["load"] = bench_load(
-                        engine, random, slots, seconds=options.seconds, confirm=options.confirm, warm=options.warm,
-                        until=until, limit=options.limit / 1e3, seed=options.seed, advance=advance,
-                    )  # fmt: skip
-            if "floor" in kinds:
-                advance("floors")
-                with noting(failures, "floor"):
-                    found["floors"] = floors(speech, options.batches, random.device, random.dtype, random.shape.prompt)
-        del speech, engine
+        with noting(failures, "the engine"):
+            bench_engine(random, options, until, found, failures, advance)
         _release(random.device)
     if "reference" in kinds:
         advance("upstream")
         with noting(failures, f"the reference {Upstream.name}"):
             found["first"].append(bench_reference(random, options.reference_rounds))
         _release(random.device)
+
+
+def bench_engine(
+    random: Random,
+    options: argparse.Namespace,
+    until: float,
+    found: dict[str, Any],
+    failures: list[str],
+    advance: Advance,
+) -> None:
+    """What one engine with room for all sessions tells."""
+    kinds = options.kinds
+    slots = min(options.sessions, room(random, options.reserve_gb * 1e9))
+    with Engine(random.device) as engine:
+        advance(f"capturing for {slots} sessions")
+        began = time.perf_counter()
+        speech = random.install(engine, slots)
+        found["ready_seconds"] = round(time.perf_counter() - began, 1)
+        if "first" in kinds:
+            advance("first audio")
+            with noting(failures, "first"):
+                found["first"].append(bench_first(engine, random, options.rounds))
+        if "stages" in kinds:
+            advance("stages")
+            with noting(failures, "stages"):
+                found["stages"] = bench_stages(engine, NAME, speech, options.batches, random.shape.prompt)
+        if "load" in kinds:
+            with noting(failures, "load"):
+                found["load"] = bench_load(
+                    engine, random, slots, seconds=options.seconds, confirm=options.confirm, warm=options.warm,
+                    until=until, limit=options.limit / 1e3, seed=options.seed, advance=advance,
+                )  # fmt: skip
+        if "floor" in kinds:
+            advance("floors")
+            with noting(failures, "floor"):
+                found["floors"] = floors(speech, options.batches, random.device, random.dtype, random.shape.prompt)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -91,7 +91,7 @@ class Random:
         self.shape, self.settings, self.device, self.dtype = shape, settings, device, dtype
         self.tokens = shape.words * TOKENS_A_WORD
         read = shape.prompt_text + shape.words + 2 + shape.prompt
-        capacity = -(-(read + self.tokens) // 64) * 64
+        capacity = -(-max(read + self.tokens, *settings.prefill, 64) // 64) * 64
         ratio = float(TOKENS_A_WORD)
         config = dataclasses.replace(
             shape.lm, capacity=capacity, extent=(ratio, ratio), passage=shape.words, bursts=settings.bursts,
