@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -37,7 +36,6 @@ SPECIALS = (
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CUT = re.compile(r"(?<=\S)(?= \S)")
 
 
 class TextTokenizer:
@@ -74,28 +72,6 @@ class TextTokenizer:
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, without the special ones."""
         return self._bpe.decode(tokens, skip_special_tokens=True)
-
-
-class TokenStream:
-    """Tokens of a text that arrives in pieces: as soon as they are certain, and the same as those of the whole text."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._text = ""
-
-    def push(self, text: str) -> list[int]:
-        """The tokens that this text completes: all before its last word. No token, special or not, spans words."""
-        self._text += text
-        ends = [match.start() for match in _CUT.finditer(self._text)]
-        return self._take(ends[-1]) if ends else []
-
-    def finish(self) -> list[int]:
-        """The tokens of what is left; the stream starts over."""
-        return self._take(len(self._text))
-
-    def _take(self, end: int) -> list[int]:
-        said, self._text = self._text[:end], self._text[end:]
-        return self._tokenizer.encode(said) if said else []
 
 
 def _qwen2(vocab: Path, merges: Path) -> Tokenizer:

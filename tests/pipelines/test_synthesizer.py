@@ -102,10 +102,13 @@ def test_arriving_text_is_read_as_it_is_said(models: Synthesizer) -> None:
         made.finish()
         tokenizer, first = models.speech.reader.tokenizer, LM.text_id(0)
         prompt = len(models.speech.reader.voice("ada").prompt_text)
-        return [
-            (passage.text, tokenizer.decode([token - first for token in passage.stream._text[prompt:]]))
-            for passage in made._passages
-        ]
+        found = []
+        for passage in made._passages:
+            tokens = [token - first for token in passage.stream._text[prompt:]]
+            said = tokenizer.decode(tokens)
+            assert tokens == tokenizer.encode(said)
+            found.append((passage.text, said))
+        return found
 
     assert read("It costs $3", ".", "50 on March", " 3", ", it was") == [
         ("It costs $3.50 on March 3, it was", "It costs three dollars and fifty cents on March third, it was")
