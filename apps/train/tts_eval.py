@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -269,7 +270,7 @@ class Judges:
             return None
         scores = []
         for sound in heard:
-            np.random.seed(0)  # noqa: NPY002  # PLCMOS draws from numpy's own generator: the same sound, the same score
+            np.random.seed(0)  # PLCMOS draws from numpy's own generator: the same sound, the same score
             scores.append(float(self._plcmos.run(at_16_khz(sound), sr=CLIP_RATE)["plcmos"]))
         return round(float(np.mean(scores)), 3)
 
@@ -411,10 +412,9 @@ def everything(
         tick()
     if samples is not None:
         for label, (_, made) in spoken_by.items():
+            name = re.sub(r"\W+", "-", label)
             for number, one in enumerate(made[:each]):
-                write_wave(
-                    samples / f"{label.replace(', ', '-').replace(' ', '_').replace("'s", '')}-{number}.wav", one.stream
-                )
+                write_wave(samples / f"{name}-{number}.wav", one.stream)
         index = dict(enumerate(texts[:each]))
         (samples / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return figures
