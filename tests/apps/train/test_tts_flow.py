@@ -48,13 +48,22 @@ def training(bank: SpeechBank, out: Path, steps: int = 8, seed: int = 0, config:
     return FlowTraining(config, RECIPE, examples, out, steps, seed)
 
 
+def test_it_begins_at_the_frames_mean(bank: SpeechBank, tmp_path: Path) -> None:
+    run = training(bank, tmp_path)
+    with torch.no_grad():
+        losses = run.losses(run.student, *run.examples.batch(*run.batches(0)))
+    frames = run.examples.mel.float()
+    assert float(losses["prior"]) < 1.2 * float((frames - frames.mean(0)).abs().mean())
+    assert float(losses["flow"]) < 1.5 * (1 + float(frames.var(0).mean()))
+
+
 def test_losses_fall_and_frames_come_near(bank: SpeechBank, tmp_path: Path) -> None:
-    run = training(bank, tmp_path, 60)
+    run = training(bank, tmp_path, 100)
     before = run.measured(run.examples, 2)
     run.run()
     after = run.measured(run.examples, 2)
     for name in ("flow", "prior", "drawn"):
-        assert after[name] < 0.8 * before[name], name
+        assert after[name] < 0.9 * before[name], (before, after)
     assert run.skipped() == 0
 
 
