@@ -80,9 +80,9 @@ class Arriving:
 
     def _open(self) -> bool:
         """Whether the next word may change how those held are said."""
-        if len(self._held) == LONGEST:
-            return False
         word, held = self._held[-1].strip(), "".join(self._held)
+        if len(self._held) == LONGEST or (held.endswith("\n") and _STOP.search(word)):
+            return False
         if held.count("[") > held.count("]"):  # of a link
             return True
         if len(self._held) > 1 and _BEHIND_A_NUMBER.fullmatch(word):

@@ -78,7 +78,11 @@ def run(
 
 
 def pieces() -> Iterator[str]:
-    """Standard input as it comes."""
+    """Standard input as it comes. What is typed is said line by line: each ends as a sentence does."""
+    if sys.stdin.isatty():
+        for line in map(str.rstrip, sys.stdin):
+            yield f"{line}.\n" if line[-1:].isalnum() else f"{line}\n"
+        return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while data := sys.stdin.buffer.read1(PIECE):  # type: ignore[union-attr]
         yield decoder.decode(data)

@@ -18,6 +18,7 @@ from tiny_speech import MELS, SPEECH, voice, write
 
 from antiphon.apps import voices
 from antiphon.apps.cli import main
+from antiphon.apps.cli.speak import pieces
 from antiphon.codecs import audio_file, prompt_mel
 from antiphon.models import hub
 from antiphon.models.cosyvoice.voice import Voice
@@ -108,6 +109,15 @@ def test_text_may_come_on_standard_input(antiphon, model, expected, tmp_path, mo
     status, _, err = antiphon("speak", "--stream-from-stdin", "-o", output, "--model", model)
     assert status == 0, err
     assert np.abs(audio_file.read(output, RATE) - said).max() < 1e-4
+
+
+def test_what_is_typed_ends_with_its_line(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("Hello there\n\nHow are you?  \nfine"))
+    assert list(pieces()) == ["Hello there.\n", "\n", "How are you?\n", "fine.\n"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def test_where_sentences_end() -> None:
 
     assert ends('Dr. Jones left. "Why?" It was 3. No') == ["left.", '"Why?"', "3."]
     assert ends("Ask J. K. Jones, e.g. him, then. No. 1 is") == ["then."]
+    assert [one.said for one in arrive("At 5 p.m.\nNo.\nMay 5.\n")] == ["At", "five PM.", "No.", "May fifth."]
     assert [one.line for one in arrive("So it is. \n Then\nmore!\n")] == [False, False, True, False, True]
     wide = "\u4f60\u597d\uff0c\u4ef7\u683c\u662f3.5\u5143\u5417\uff1f\u201c\u597d\uff01\u201d\u4ed6\u8bf4"
     made = arrive(wide)
