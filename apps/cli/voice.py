@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...codecs.audio_file import AudioError
+from ...models.cosyvoice.flow_config import FlowLimits
 from ...models.files import CheckpointError
 from ...pipelines import speech_checkpoint
 from .. import voices
 from .console import CommandError, stderr
 from .transcribe import check_device
+
+LIMITS = FlowLimits(voices=1, prompt=1)  # nothing is spoken
 
 
 def make(clip: str, *, output: str, text: str, model: str | None, device: str | None) -> None:
@@ -21,7 +24,7 @@ def make(clip: str, *, output: str, text: str, model: str | None, device: str | 
         with console.status("Listening to the clip"):
             speech_checkpoint.read_clip(clip)  # before the model is loaded
         with console.status("Loading the model"):
-            loaded = speech_checkpoint.load(model, device=device or "cpu")
+            loaded = speech_checkpoint.load(model, device=device or "cpu", limits=LIMITS)
         with console.status("Making the voice"):
             voice = voices.from_clip(loaded, Path(clip), text=text, name=path.stem)
             path.parent.mkdir(parents=True, exist_ok=True)
