@@ -1,4 +1,4 @@
-"""Reads CosyVoice 2's ``llm.pt``: names and shapes upstream against ours, strict on every key.
+"""Reads the ``llm.pt`` of CosyVoice 2 and 3: names and shapes upstream against ours, strict on every key.
 
 The text head (``lm_head``, tied to the text embedding) is known and left behind: the model speaks and does not write.
 """
@@ -17,6 +17,8 @@ from .lm import SpeechLM
 from .lm_config import SPECIALS, LMConfig
 
 TEXT_HEAD = "llm.model.lm_head.weight"
+ROWS_OF_3 = 200
+"""Rows of CosyVoice 3's tables behind the speech tokens; most are not used."""
 _BACKBONE = "llm.model.model"
 _BLOCK = {
     "norm1": ("input_layernorm",),
@@ -50,8 +52,7 @@ def from_upstream(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, 
 
     Raises ValueError naming keys that are missing, left over or of another shape than the configuration says.
     """
-    if "llm_embedding.weight" not in weights and "speech_embedding.weight" in weights:
-        raise ValueError("the start of speech is among the speech tokens, as in CosyVoice 3; CosyVoice 2 is read here")
+    weights = _as_version_2(weights)
     names = key_names(config)
     check_keys(weights, [TEXT_HEAD, *(name for theirs in names.values() for name in theirs)], "the language model")
     sizes = {"speech_embedding.weight": config.classes, f"{_BACKBONE}.embed_tokens.weight": config.text}
@@ -67,8 +68,27 @@ def from_upstream(weights: Mapping[str, Tensor], config: LMConfig) -> dict[str, 
     return ours
 
 
+def _as_version_2(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """CosyVoice 3 has what is read first, the task, end and fill in rows behind the speech tokens, and a head without
+    bias. Raises ValueError for a table without these rows."""
+    tables = ("speech_embedding.weight", "llm_decoder.weight")
+    if "llm_embedding.weight" in weights or any(name not in weights for name in tables):
+        return weights
+    embedding, head = (weights[name] for name in tables)
+    speech = len(embedding) - ROWS_OF_3
+    if speech < 1 or len(head) != len(embedding):
+        raise ValueError(
+            f"{tables[0]} {[*embedding.shape]} and {tables[1]} {[*head.shape]}: without llm_embedding.weight both have "
+            f"{ROWS_OF_3} rows more than there are speech tokens, as in CosyVoice 3"
+        )
+    start, end, task, fill = range(speech, speech + 4)
+    rows = [*range(speech), end, task, fill]  # the row between end and fill is never drawn
+    made = {tables[0]: embedding[rows], "llm_embedding.weight": embedding[[start, task]], tables[1]: head[rows]}
+    return {**weights, **made, "llm_decoder.bias": head.new_zeros(len(rows))}
+
+
 def load(path: Path, config: LMConfig | None = None) -> SpeechLM:
-    """The language model of an ``llm.pt``; config: its sizes, by default those of CosyVoice2-0.5B.
+    """The language model of an ``llm.pt``; config: its sizes, by default those of CosyVoice2-0.5B and its successor.
 
     How many speech tokens there are is the file's to say. It is read with ``weights_only``: nothing in it is run.
     Raises CheckpointError for a file that is missing, damaged, or of another model.
@@ -76,6 +96,7 @@ def load(path: Path, config: LMConfig | None = None) -> SpeechLM:
     config = config or LMConfig()
     weights = read_pt(path)
     with reading(path):
+        weights = _as_version_2(weights)
         if "speech_embedding.weight" in weights:
             config = dataclasses.replace(config, speech=len(weights["speech_embedding.weight"]) - SPECIALS)
         lm = _empty(config)

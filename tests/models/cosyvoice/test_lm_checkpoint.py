@@ -106,6 +106,11 @@ def test_a_missing_key_is_named(key: str) -> None:
         from_upstream(weights, TINY)
 
 
+def load_from(weights: dict[str, torch.Tensor], folder: Path) -> SpeechLM:
+    torch.save(weights, folder / "llm.pt")
+    return load(folder / "llm.pt", TINY)
+
+
 def test_other_models_are_refused() -> None:
     weights = upstream()
     with pytest.raises(ValueError, match=r"has no place for llm\.model\.model\.layers\.2\.input_layernorm\.weight"):
@@ -115,8 +120,27 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"speech_embedding\.weight \[22, 16\]"):
         from_upstream(moved, TINY)
     del weights["llm_embedding.weight"]
-    with pytest.raises(ValueError, match="as in CosyVoice 3"):
+    with pytest.raises(ValueError, match=r"both have 200 rows more .* as in CosyVoice 3"):
         from_upstream(weights, TINY)
+
+
+def test_the_third_version_differs_in_where_its_special_tokens_are(tmp_path: Path) -> None:
+    weights, speech = upstream(), TINY.speech
+    second = load_from(weights, tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    table, head = (torch.randn(speech + 200, TINY.width, generator=generator) for _ in range(2))
+    for rows, name in ((table, "speech_embedding.weight"), (head, "llm_decoder.weight")):
+        rows[:speech] = weights[name][:speech]
+        rows[speech + 1], rows[speech + 3] = weights[name][speech], weights[name][speech + 2]  # end, fill
+    table[speech], table[speech + 2] = weights["llm_embedding.weight"]
+    third = {name: value for name, value in weights.items() if name not in ("llm_embedding.weight", "llm_decoder.bias")}
+    made = load_from(third | {"speech_embedding.weight": table, "llm_decoder.weight": head}, tmp_path)
+    assert made.config == second.config
+    tokens = torch.tensor([[TINY.start, TINY.text_id(5), TINY.text_id(2), TINY.task, 3, 7, 1]])
+    with torch.no_grad():
+        expected = second(tokens) - second.head.bias
+        drawn = [*range(speech), TINY.end, TINY.fill]
+        torch.testing.assert_close(made(tokens)[..., drawn], expected[..., drawn])
 
 
 def test_bad_files_are_told_apart(tmp_path: Path) -> None:
