@@ -24,6 +24,7 @@ RECIPES = {
     "duplex": "the tiny full-duplex dialogue model",
     "duplex_eval": "how a full-duplex model behaves in calls with a simulated user",
     "synthesise": "speech to train on, from text",
+    "tts": "a small voice: its bank, tokenizer, flow, vocoder, language model, card and evaluation",
 }
 
 

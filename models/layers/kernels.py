@@ -1,8 +1,9 @@
-"""When Triton kernels do the work of a streaming step."""
+"""When Triton kernels do the work of a streaming step; the environment variable ``ANTIPHON_KERNELS=0`` is never."""
 
 from __future__ import annotations
 
 import functools
+import os
 from importlib.util import find_spec
 
 import torch
@@ -18,4 +19,4 @@ def use_kernels(x: Tensor) -> bool:
 
 @functools.cache
 def _there() -> bool:
-    return find_spec("triton") is not None
+    return os.environ.get("ANTIPHON_KERNELS") != "0" and find_spec("triton") is not None
