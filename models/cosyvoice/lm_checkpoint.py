@@ -94,9 +94,9 @@ def load(path: Path, config: LMConfig | None = None) -> SpeechLM:
     Raises CheckpointError for a file that is missing, damaged, or of another model.
     """
     config = config or LMConfig()
-    weights = read_pt(path)
+    found = read_pt(path)
     with reading(path):
-        weights = _as_version_2(weights)
+        weights = _as_version_2(found)
         if "speech_embedding.weight" in weights:
             config = dataclasses.replace(config, speech=len(weights["speech_embedding.weight"]) - SPECIALS)
         lm = _empty(config)
