@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.text import Text as Styled
+from typing import ClassVar
 
 from ...codecs.audio_file import AudioError, AudioWriter
 from ...models.conformer.checkpoint import CheckpointError
@@ -20,7 +15,6 @@ from ...pipelines.chunk import Audio, Text, Word
 from ...pipelines.engine.errors import EngineError
 from ...pipelines.graph import Chain
 from ...pipelines.recognizer import SAMPLE_RATE
-from ...pipelines.session import Session
 from ...pipelines.stage import Context, Input, Stage, StageError
 from ...pipelines.stages.transcribe import Transcribe
 from ...pipelines.transcription import Transcriber
@@ -28,8 +22,7 @@ from ...transport.devices import Device, DeviceError, find, takes
 from ...transport.echo_cancel import EchoCancel
 from ...transport.microphone import Microphone
 from .console import CommandError, quiet_libraries, stderr
-from .level import Level
-from .mic import losses
+from .live import Shown
 from .outputs import Outputs
 from .transcribe import Latency, check_device
 
@@ -64,11 +57,11 @@ def run(
         recording = None if record is None else AudioWriter(record, usual_rate(microphone))
     except (DeviceError, CheckpointError, AudioError, ValueError) as error:
         raise CommandError(str(error)) from error
-    shown = _Shown(name, microphone, outputs, recording, seconds, console)
+    shown = _Shown(microphone, seconds, console, name, outputs, recording)
     listening = sound(microphone, echo) >> _Tap(shown) >> Transcribe(lookahead=lookahead, language=language)
     with outputs, transcriber:
         try:
-            asyncio.run(shown.captions(listening.session(engine=transcriber.engine)))
+            asyncio.run(shown.follow(listening.session(engine=transcriber.engine)))
         except (AudioError, EngineError) as error:
             raise CommandError(str(error)) from error
         except StageError as error:
@@ -107,92 +100,55 @@ class _Tap(Stage):
         async for chunk in audio:
             assert isinstance(chunk, Audio)
             yield chunk
-            if not self.shown.more(chunk, ctx.now):
+            if not self.shown.hear(chunk, ctx.now):
                 return
 
 
 @dataclass
-class _Shown:
-    """What the command shows and writes: captions as they come, and below them what is not final, and the level."""
+class _Shown(Shown):
+    """Captions as they come, and below them what is not final, and the level."""
+
+    invitation: ClassVar[str] = "Ctrl-C ends"
 
     name: str
-    device: Device
     outputs: Outputs
     recording: AudioWriter | None
-    seconds: float | None
-    console: Console
-    level: Level = field(default_factory=Level)
     latency: Latency = field(default_factory=Latency)
-    heard: float = 0.0
-    rate: int = SAMPLE_RATE
     began: float = float("inf")  # clock time of the first sample
-    open: tuple[Word, ...] = ()  # of the caption that may still change
-    stopping: bool = False
-    lost: str = ""
+    words: tuple[Word, ...] = ()  # of the caption that may still change
 
-    async def captions(self, session: Session) -> None:
-        """Run the session until the time is up, Ctrl-C (a second one is not waited for) or an error."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        try:
-            with Live(
-                self,
-                console=self.console,
-                transient=True,
-                auto_refresh=self.console.is_terminal,
-                refresh_per_second=12,
-                redirect_stdout=sys.stdout.isatty(),
-            ):
-                async with session:
-                    async for text in session.outputs():
-                        if isinstance(text, Text) and text.words:
-                            self._caption(text, session.clock.now() - self.began)
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            self.lost = losses(session.counters, self.rate)
-
-    def more(self, chunk: Audio, now: float) -> bool:
+    def hear(self, chunk: Audio, now: float) -> bool:
         """Take what was heard; False when it is enough."""
-        if not self.heard:
-            self.console.print(f"listening to {self.device.name}; Ctrl-C ends", style="dim")
-        self.rate = chunk.rate
         self.began = min(self.began, now - chunk.end_seconds)
-        self.heard = chunk.end_seconds
-        self.level.add(chunk.samples)
         if self.recording is not None:
             self.recording.write(chunk.samples)
-        self.stopping = self.stopping or (self.seconds is not None and self.heard >= self.seconds)
-        return not self.stopping
+        return self.more(chunk)
+
+    def take(self, text: Text, now: float) -> None:
+        if not text.words:
+            return
+        at = now - self.began
+        if not self.words:
+            self.latency.first.append(at - text.words[0].start)
+        self.words = () if text.final else text.words
+        if text.final:
+            if not self.stopping:
+                self.latency.finals.append(at - text.words[-1].end)
+            self.outputs.add(self.name, Final(text.words, at))
+
+    def open(self) -> str:
+        return " ".join(word.text for word in self.words)
+
+    def beside(self) -> str:
+        return f"  captions {self.latency.finals[-1]:.1f} s after the word" if self.latency.finals else ""
 
     def close(self) -> None:
         """Write what is not final yet, and end the output."""
-        if self.open:
-            self.outputs.add(self.name, Final(self.open, self.heard))
-            self.open = ()
+        if self.words:
+            self.outputs.add(self.name, Final(self.words, self.heard))
+            self.words = ()
         self.outputs.close(self.name, self.heard)
 
     @property
     def summary(self) -> str:
         return f"{self.heard:.1f} s of audio; {self.latency}; {self.level.summary}{self.lost}"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.open:
-            yield Styled(" ".join(word.text for word in self.open), style="bright_black")
-        last = f"  captions {self.latency.finals[-1]:.1f} s after the word" if self.latency.finals else ""
-        line = Styled.assemble(self.level.bar(), ("  " + self.device.name + last, "dim"))
-        line.truncate(options.max_width, overflow="ellipsis")
-        yield line
-
-    def _interrupt(self) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-
-    def _caption(self, text: Text, at: float) -> None:
-        if not self.open:
-            self.latency.first.append(at - text.words[0].start)
-        self.open = () if text.final else text.words
-        if text.final:
-            if not self.stopping:
-                self.latency.finals.append(at - text.words[-1].end)
-            self.outputs.add(self.name, Final(text.words, at))

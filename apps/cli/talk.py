@@ -5,20 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
-from rich.text import Text as Styled
+from rich.console import Console
 
 from ...codecs.audio_file import AudioError, AudioWarning, AudioWriter, info, stream
 from ...codecs.resample import Resampler, Samples
@@ -37,8 +33,7 @@ from ...transport.devices import Device, DeviceError, find, takes
 from ...transport.echo_cancel import EchoCancel
 from ...transport.microphone import Microphone, Speaker
 from .console import CommandError, quiet_libraries, stderr, warnings_as_lines
-from .level import Level
-from .mic import losses
+from .live import Shown
 from .progress import progress, real_time_factor
 from .transcribe import check_device
 
@@ -194,14 +189,14 @@ def _live(
     console = stderr()
     model = _load(name, device, console)
     sides = None if record is None else Sides(record, model)
-    shown = _Shown(microphone, model, sides, seconds, console)
+    shown = _Shown(microphone, seconds, console, model, sides)
     try:
         with Engine(device) as engine:
             with console.status("Warming the model"):
                 engine.add(MODEL, model, slots=1, variants=(1,), buckets=(1,), exact=False)
             _warn_if_slow(engine, model, console)
             graph = _graph(microphone, speaker, echo, shown, Converse(model=MODEL, **sampling))
-            asyncio.run(shown.dialogue(graph.session(engine=engine)))
+            asyncio.run(shown.follow(graph.session(engine=engine)))
     finally:
         shown.close()
         if sides is not None:
@@ -280,57 +275,35 @@ class _Said(Stage):
 
 
 @dataclass
-class _Shown:
-    """What the command shows: what is being said, below it the level, and each utterance when it has ended."""
+class _Shown(Shown):
+    """What is being said, below it the level, and each utterance when it has ended."""
 
-    device: Device
+    invitation: ClassVar[str] = "talk, Ctrl-C ends"
+
     model: Duplex
     sides: Sides | None
-    seconds: float | None
-    console: Console
-    level: Level = field(default_factory=Level)
-    heard: float = 0.0
-    rate: int = 0
     saying: str = ""  # the utterance that goes on
     words: int = 0
-    stopping: bool = False
-    lost: str = ""
 
-    async def dialogue(self, session: Session) -> None:
-        """Run the session until the time is up, Ctrl-C (a second one is not waited for) or an error."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+    async def follow(self, session: Session) -> None:
         try:
-            with Live(
-                self,
-                console=self.console,
-                transient=True,
-                auto_refresh=self.console.is_terminal,
-                refresh_per_second=12,
-                redirect_stdout=sys.stdout.isatty(),
-            ):
-                async with session:
-                    async for text in session.outputs():
-                        if isinstance(text, Text):
-                            self.saying = text.text
-                            if text.final:
-                                self.close()
+            await super().follow(session)
         finally:
-            loop.remove_signal_handler(signal.SIGINT)
-            self.lost = losses(session.counters, self.rate or self.device.rate)
             if dry := session.counters.get("speaker.dry", 0):
                 self.lost += f"; the model was late {dry} times"
 
     def more(self, chunk: Audio) -> bool:
-        """Take what was heard; False when it is enough."""
-        if not self.heard:
-            self.console.print(f"listening to {self.device.name}; talk, Ctrl-C ends", style="dim")
-        self.heard, self.rate = chunk.end_seconds, chunk.rate
-        self.level.add(chunk.samples)
         if self.sides is not None:
             self.sides.heard(chunk.samples, chunk.rate)
-        self.stopping = self.stopping or (self.seconds is not None and self.heard >= self.seconds)
-        return not self.stopping
+        return super().more(chunk)
+
+    def take(self, text: Text, now: float) -> None:
+        self.saying = text.text
+        if text.final:
+            self.close()
+
+    def open(self) -> str:
+        return self.saying.strip()
 
     def close(self) -> None:
         """Write the utterance that goes on."""
@@ -342,15 +315,3 @@ class _Shown:
     @property
     def summary(self) -> str:
         return f"{self.heard:.1f} s of dialogue; the model said {self.words} words; {self.level.summary}{self.lost}"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self.saying:
-            yield Styled(self.saying.strip(), style="bright_black")
-        line = Styled.assemble(self.level.bar(), ("  " + self.device.name, "dim"))
-        line.truncate(options.max_width, overflow="ellipsis")
-        yield line
-
-    def _interrupt(self) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True

@@ -20,7 +20,9 @@ from antiphon.pipelines.engine import Engine
 from ..transport.fake_portaudio import FakeStream
 from . import test_listen
 from .test_listen import Antiphon, LoopClock, Talking
-from .test_serve_converse import saved
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from tiny_duplex import write_smallest
 
 RATE, FRAME = 24000, 1920
 antiphon = test_listen.antiphon
@@ -43,7 +45,7 @@ class Room(Talking):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("model"))
+    return write_smallest(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
