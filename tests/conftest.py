@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +12,10 @@ import av
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "apps"))
+from running import chromium, server
+
 SAMPLE = Path(__file__).parents[1] / "apps" / "samples" / "two_cities.flac"
-BROWSER_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-    "--allow-loopback-in-peer-connection",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -43,30 +30,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def parrot_server() -> Iterator[str]:
     """The address of ``antiphon serve --graph parrot``, warm."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from antiphon.apps.cli import main; main()", "serve", "--port", str(port)]
-    process = subprocess.Popen([*command, "--graph", "parrot"], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    address = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + 120
-        while not _ready(address):
-            assert process.poll() is None, "the server ended before it was ready"
-            assert time.monotonic() < until, "the server did not become ready"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
-            return bool(response.status == 200)
-    except urllib.error.URLError:
-        return False
+    with server("--graph", "parrot") as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="session")
@@ -86,16 +51,8 @@ def speech_wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser(speech_wav: Path) -> Iterator[Any]:
     """Headless Chromium, with the sample as its microphone."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=path, args=[*BROWSER_FLAGS, f"--use-file-for-fake-audio-capture={speech_wav}"]
-        )
-        yield chromium
-        chromium.close()
+    with chromium(f"--use-file-for-fake-audio-capture={speech_wav}") as running:
+        yield running
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

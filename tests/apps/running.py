@@ -1,8 +1,9 @@
-"""``antiphon serve`` in a process of its own."""
+"""What runs beside a test: ``antiphon serve`` in a process of its own, and headless Chromium."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import pytest
 
 # A machine that is busy with other tests shall not refuse: admission has tests of its own.
 SERVE = """
@@ -49,3 +53,28 @@ def ready(port: int) -> bool:
             return bool(response.status == 200)
     except urllib.error.URLError:
         return False
+
+
+BROWSER = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-fake-ui-for-media-stream",
+    "--use-fake-device-for-media-stream",
+    "--allow-loopback-in-peer-connection",
+)
+
+
+@contextmanager
+def chromium(*flags: str) -> Iterator[Any]:
+    """A browser with a microphone and a camera that are no real ones; skips the test where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=[*BROWSER, *flags])
+        yield browser
+        browser.close()

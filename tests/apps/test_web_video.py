@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 import threading
 import time
@@ -28,23 +27,14 @@ from antiphon.transport.guard import Rules
 from antiphon.transport.service import Service
 from antiphon.transport.webrtc.peer import PICTURE_SIDE
 
+from .running import chromium
+
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 CAMERA = (640, 360)
 FRAMES_A_SECOND = 5
 DARK, BRIGHT = 40, 220  # luma of the camera's two scenes, each two seconds long
 TITLE = "Antiphon"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-ui-for-media-stream",
-    "--use-fake-device-for-media-stream",
-    "--allow-loopback-in-peer-connection",
-    f"--auto-select-tab-capture-source-by-title={TITLE}",
-]
 
 
 @stage(name="web_video_test_hears")
@@ -107,18 +97,11 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def chromium(film: Path) -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=path, args=[*FLAGS, f"--use-file-for-fake-video-capture={film}"]
-        )
+@pytest.fixture(scope="module", name="chromium")
+def with_a_film(film: Path) -> Iterator[Any]:
+    title = f"--auto-select-tab-capture-source-by-title={TITLE}"
+    with chromium(title, f"--use-file-for-fake-video-capture={film}") as browser:
         yield browser
-        browser.close()
 
 
 class Figures:
