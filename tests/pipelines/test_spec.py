@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 
+import antiphon.pipelines.join  # noqa: F401  # registers the kind
 from antiphon.pipelines.chunk import Chunk, Text
 from antiphon.pipelines.clock import run_virtual
 from antiphon.pipelines.spec import SpecError, load_graph, parse_graph
