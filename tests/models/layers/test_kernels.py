@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +132,18 @@ def test_half_the_bits_on_a_gpu(monkeypatch, kind, kv):
         plainly(monkeypatch, plain)
         results.append(streamed(model, "cuda")[0])
     assert (results[0] - results[1]).norm() / results[0].norm() < 2e-2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_they_compile_for_a_gpu_that_is_not_there():
+    """Also in 8-bit floats; and what they keep in registers finds room there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = dict(line.rsplit(": ", 1) for line in ran.stdout.splitlines())
+    assert len(found) == 10
+    assert set(found.values()) == {"0"}
 
 
 def test_elsewhere_rings_are_copied():
