@@ -1,4 +1,4 @@
-"""Compiles the kernels for a GPU that need not be there, and prints how many registers spill: run by test_kernels.py."""
+"""Compiles the kernels for a GPU that need not be there, and prints how many registers spill (for test_kernels.py)."""
 
 from __future__ import annotations
 
