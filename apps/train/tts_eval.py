@@ -223,7 +223,7 @@ class Judges:
         else:
             self._hear = whisper_judge(whisper)
         try:
-            from speechmos import plcmos  # type: ignore[import-untyped]
+            from speechmos import plcmos
 
             self._plcmos = plcmos
         except ImportError as error:
@@ -232,7 +232,7 @@ class Judges:
             self.missing["similarity"] = "no --bank was given to compare voices with"
             return
         try:
-            from resemblyzer import VoiceEncoder  # type: ignore[import-untyped]
+            from resemblyzer import VoiceEncoder
         except ImportError as error:
             self.missing["similarity"] = f"pip install resemblyzer 'setuptools<81' ({error})"
             return
