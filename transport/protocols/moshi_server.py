@@ -89,7 +89,7 @@ def unpack(data: bytes, kinds: Kinds) -> Message:
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"a message is a map with type {', '.join(kinds)}; got {str(kind)[:40]!r}")
     for name, type_ in kinds[kind].items():
-        if not isinstance(message.get(name), type_):
+        if name not in message or not isinstance(message[name], type_):
             raise ValueError(f"a message {kind} has {name}, of type {type_.__name__}")
     return message
 

@@ -271,6 +271,7 @@ async def closing(ws: ClientConnection) -> int:
         (msgpack.packb({"type": "Audio", "pcm": ["a"]}), "list of numbers"),
         (msgpack.packb({"type": "Audio", "pcm": [[0.0]]}), "list of numbers"),
         (msgpack.packb({"type": "Audio", "pcm": [float("nan")]}), "list of numbers"),
+        (msgpack.packb({"type": "OggOpus"}), "has data"),
         (msgpack.packb({"type": "OggOpus", "data": [300]}), "numbers from 0 to 255"),
         (msgpack.packb({"type": "OggOpus", "data": b"RIFF"}), "Ogg page"),
         (msgpack.packb({"type": "Marker", "id": "x"}), "has id, of type int"),
