@@ -36,7 +36,7 @@ from ...models.conformer.names import HF, nemo_layout, to_layout
 from ...models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ...pipelines.engine import Engine
 from ...pipelines.recognizer import FRAME_SAMPLES, Blocks, Recognizer
-from .common import RESULTS, write_result
+from .common import RESULTS, told, write_result
 from .load import run_load
 from .references import NeMo, Transformers, synchronize
 
@@ -400,13 +400,7 @@ def main(arguments: Sequence[str]) -> None:
     command = " ".join(("antiphon bench asr", *arguments))
     path = write_result(options.name or f"asr_{device.type}", command, numbers, options.results)
     report(numbers, console)
-    console.print(f"wrote {path}")
-    try:
-        from .plots import plot_asr
-    except ImportError:
-        console.print("no plot: pip install 'antiphon[bench]' for one", markup=False)
-    else:
-        console.print(f"wrote {plot_asr(path)}")
+    told(path, "plot_asr", console)
 
 
 def report(numbers: dict[str, Any], console: Console) -> None:

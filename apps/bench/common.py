@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,6 +52,17 @@ def write_result(name: str, command: str, numbers: dict[str, Any], folder: Path 
     result = {"name": name, "command": command, "date": date, "machine": machine(), "numbers": numbers}
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def told(path: Path, plot: str, console: Console) -> None:
+    """Say where a result lies, and draw it with this function of ``plots``, where there is what draws."""
+    console.print(f"wrote {path}")
+    try:
+        from . import plots
+    except ImportError:
+        console.print("no plot: pip install 'antiphon[bench]' for one", markup=False)
+    else:
+        console.print(f"wrote {getattr(plots, plot)(path)}")
 
 
 def _cpu_model() -> str:

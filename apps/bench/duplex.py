@@ -21,7 +21,6 @@ import gc
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...codecs.mimi import Mimi
 from ...codecs.mimi_config import MimiConfig
@@ -45,9 +43,10 @@ from ...pipelines.engine import Engine, Lease
 from ...pipelines.engine.engine import default_buckets
 from ...pipelines.engine.runner import EXACT_ROWS
 from .asr import ceilings, device_name, noting, numbered
-from .common import RESULTS, write_result
+from .common import RESULTS, told, write_result
 from .duplex_reference import Moshi
-from .load import run_load
+from .floor import Operations, floor_of, launch_seconds
+from .load import bisect, run_load
 from .references import synchronize
 
 KINDS = ("frame", "references", "capacity", "unbatched", "answers", "floor")
@@ -278,16 +277,6 @@ def bench_capacity(
     }
 
 
-def bisect(most: int, holds: Callable[[int], bool], may_go_on: Callable[[], bool]) -> int:
-    """The largest number from 1 to ``most`` that holds, 0 for none; as far as it may go on. The top is tried first."""
-    low, high = 0, most + 1
-    count = most
-    while high - low > max(1, low // 32) and may_go_on():
-        low, high = (count, high) if holds(count) else (low, count)
-        count = (low + high) // 2
-    return low
-
-
 def _room(model: Duplex, device: torch.device, reserve: float) -> int:
     """Sessions that fit the device's memory, the scratch slot counted off."""
     if device.type != "cuda":
@@ -308,50 +297,13 @@ def floors(random: Random, kv: torch.dtype | None, counts: Sequence[int]) -> lis
     launches, launch = operations(model), launch_seconds(random.device)
     rows = []
     for count in counts:
-        parts = {
-            "bytes": (weights * random.dtype.itemsize + count * state) / bandwidth,
-            "operations": count * flop / rate,
-            "launches": launches * launch,
-        }
-        rows.append(
-            {
-                "name": _short(kv, random),
-                "sessions": count,
-                "window": config.temporal.window,
-                "weight_bytes": weights * random.dtype.itemsize,
-                "state_bytes": state,
-                "flop": count * flop,
-                "launches": launches,
-                "launch_us": round(launch * 1e6, 3),
-                "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-                "gflop_s": round(rate / 1e9, 1),
-                "ms": {name: round(value * 1e3, 3) for name, value in parts.items()},
-                "floor_ms": round(max(parts["bytes"], parts["operations"]) * 1e3, 3),
-            }
-        )
+        floor = floor_of(
+            weights * random.dtype.itemsize + count * state, count * flop, launches, launch, bandwidth, rate
+        )  # fmt: skip
+        about = {"name": _short(kv, random), "sessions": count, "window": config.temporal.window}
+        held = {"weight_bytes": weights * random.dtype.itemsize, "state_bytes": state, "flop": count * flop}
+        rows.append({**about, **held, **floor})
     return rows
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that make or change a tensor; views do neither."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        first = made[0] if isinstance(made, (tuple, list)) and made else made
-        if _plain(first):
-            given = {one.untyped_storage().data_ptr() for one in args if _plain(one)}
-            if func._schema.is_mutable or first.untyped_storage().data_ptr() not in given:
-                self.counts[func.__name__] += 1
-        return made
-
-
-def _plain(value: Any) -> bool:
-    """Whether it is a tensor with memory of its own layout: packed weights have none."""
-    return isinstance(value, Tensor) and not value.is_mkldnn
 
 
 @torch.inference_mode()
@@ -372,30 +324,6 @@ def operations(model: Duplex) -> int:
     with Operations() as counted:
         model.step(inputs, state, *arguments)
     return sum(counted.counts.values())
-
-
-def launch_seconds(device: torch.device, count: int = 1000) -> float:
-    """Seconds of one small operation: in a captured graph on CUDA, called from Python elsewhere."""
-    small = torch.zeros(16, device=device)
-
-    def work() -> None:
-        for _ in range(count):
-            small.add_(1)
-
-    if device.type == "cuda":
-        work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        run: Callable[[], None] = graph.replay
-    else:
-        run = work
-    seconds = []
-    for _ in range(4):
-        begin = synchronize(device)
-        run()
-        seconds.append(synchronize(device) - begin)
-    return min(seconds) / count
 
 
 def _short(kv: torch.dtype | None, random: Random) -> str:
@@ -482,13 +410,7 @@ def main(arguments: Sequence[str]) -> None:
     command = " ".join(("antiphon bench duplex", *arguments))
     path = write_result(options.name or f"duplex_{device.type}", command, numbers, options.results)
     report(numbers, console)
-    console.print(f"wrote {path}")
-    try:
-        from .plots import plot_duplex
-    except ImportError:
-        console.print("no plot: pip install 'antiphon[bench]' for one", markup=False)
-    else:
-        console.print(f"wrote {plot_duplex(path)}")
+    told(path, "plot_duplex", console)
 
 
 def report(numbers: dict[str, Any], console: Console) -> None:

@@ -154,3 +154,13 @@ async def _send(
             advance(now - start)
         if sent < len(plan):
             await asyncio.sleep(max(SEND_EVERY, start + plan[sent][0] - loop.time()))
+
+
+def bisect(most: int, holds: Callable[[int], bool], may_go_on: Callable[[], bool]) -> int:
+    """The largest number from 1 to ``most`` that holds, 0 for none; as far as it may go on. The top is tried first."""
+    low, high = 0, most + 1
+    count = most
+    while high - low > max(1, low // 32) and may_go_on():
+        low, high = (count, high) if holds(count) else (low, count)
+        count = (low + high) // 2
+    return low

@@ -35,8 +35,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ...pipelines.engine import Engine
 from ...pipelines.speech import PARTS, Part, Speech
 from .asr import device_name, noting
-from .common import RESULTS, write_result
-from .duplex import bisect
+from .common import RESULTS, told, write_result
+from .load import bisect
 from .speech_load import Load, Said, open_places, run_load, say, text_of
 from .speech_models import NAME, SHAPES, VOICES, Random, Settings, powers
 from .speech_reference import Upstream
@@ -240,13 +240,7 @@ def main(arguments: Sequence[str]) -> None:
             _release(device)
     path = write()
     report(numbers, console)
-    console.print(f"wrote {path}")
-    try:
-        from .plots import plot_speech
-    except ImportError:
-        console.print("no plot: pip install 'antiphon[bench]' for one", markup=False)
-    else:
-        console.print(f"wrote {plot_speech(path)}")
+    told(path, "plot_speech", console)
 
 
 def bench_shape(

@@ -17,7 +17,7 @@ from ...pipelines.engine import Engine, Lease
 from ...pipelines.engine.runner import Sliced, slice_count
 from ...pipelines.speech import Part, Speech
 from .asr import ceilings
-from .duplex import Operations, launch_seconds
+from .floor import Operations, floor_of, launch_seconds
 from .references import synchronize
 
 SPOKEN = 100  # tokens that a session has spoken when its step is timed
@@ -117,26 +117,9 @@ def floors(
         weights = passes * weight_bytes(part, speech)
         memory = memory_bytes(part, speech, passes, prompt)
         for size in batches:
-            parts = {
-                "bytes": (weights + size * memory) / bandwidth,
-                "operations": size * flop / rate,
-                "launches": launches * launch,
-            }
-            rows.append(
-                {
-                    "stage": stage,
-                    "rows": size,
-                    "weight_bytes": weights,
-                    "memory_bytes": memory,
-                    "flop": flop,
-                    "launches": launches,
-                    "launch_us": round(launch * 1e6, 3),
-                    "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-                    "gflop_s": round(rate / 1e9, 1),
-                    "ms": {key: round(value * 1e3, 3) for key, value in parts.items()},
-                    "floor_ms": round(max(parts["bytes"], parts["operations"]) * 1e3, 3),
-                }
-            )
+            floor = floor_of(weights + size * memory, size * flop, launches, launch, bandwidth, rate)
+            about = {"stage": stage, "rows": size, "weight_bytes": weights, "memory_bytes": memory, "flop": flop}
+            rows.append({**about, **floor})
     return rows
 
 

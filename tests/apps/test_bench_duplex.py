@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from antiphon.apps.bench import duplex
-from antiphon.apps.bench.load import schedule
+from antiphon.apps.bench.load import bisect, schedule
 from antiphon.pipelines.engine import Engine
 
 
@@ -97,10 +97,10 @@ def test_bisection_finds_the_largest(held: int) -> None:
         tried.append(count)
         return count <= held
 
-    assert duplex.bisect(32, holds, lambda: True) == held
+    assert bisect(32, holds, lambda: True) == held
     assert len(tried) <= 7
     assert len(tried) == len(set(tried))
-    assert duplex.bisect(32, holds, lambda: False) == 0
+    assert bisect(32, holds, lambda: False) == 0
 
 
 def test_frames_are_sent_when_they_are_due_or_a_little_later() -> None:
