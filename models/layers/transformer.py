@@ -320,8 +320,7 @@ class InPlace:
         query, far = triton_ring.store(
             heads, ring, rings.target, rings.seen, rings.count, self.turn, self.far, config.rope == "half", config.sinks
         )  # fmt: skip
-        distant = None if self.far is None else far
-        return triton_ring.attend(query, distant, ring, rings.slots, rings.seen, config.window, config.sinks)
+        return triton_ring.attend(query, far, ring, rings.slots, rings.seen, config.window, config.sinks)
 
 
 def _in_place(config: TransformerConfig, x: Tensor) -> bool:

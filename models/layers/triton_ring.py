@@ -213,10 +213,10 @@ def store(
     far: tuple[Tensor, Tensor] | None,
     half: bool,
     sinks: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Queries, keys and values ``[B, T, H + 2 K, D]`` as projected: keys and values go to ``ring [S + 1, 2, K, M, D]``
     (a layer's, of any strides between slots), the last slot taking those of steps beyond ``count [B]``. Returns the
-    queries ``[B, T, H, D]`` as they meet the window's keys and as they meet the sinks'.
+    queries ``[B, T, H, D]`` as they meet the window's keys and, with ``far``, as they meet the sinks'.
 
     target: ``[B]`` slots; seen: ``[B]`` positions before these. turn, far: cosines and signed sines ``[B, T, 1, D]``
     float32 of the positions, and of where sinks see the query. half: see :mod:`.rope`.
@@ -226,12 +226,13 @@ def store(
     queries = total - 2 * keys
     heads = heads.contiguous()
     query = heads.new_empty(rows, steps, queries, width)
-    distant = torch.empty_like(query) if far is not None else query
+    distant = None if far is None else torch.empty_like(query)
     cos, sin = turn if turn is not None else (heads, heads)
     far_cos, far_sin = far if far is not None else (cos, sin)
     grid = (rows * steps, triton.cdiv(total, HEADS))
     _store[grid](
-        heads, cos, sin, far_cos, far_sin, query, distant, ring, target, seen, seen if count is None else count,
+        heads, cos, sin, far_cos, far_sin, query, query if distant is None else distant, ring,
+        target, seen, seen if count is None else count,
         ring.stride(0), ring.shape[0] - 1, entries, sinks, entries - sinks, steps,
         QUERIES=queries, KEYS=keys, WIDTH=width, BLOCK=HEADS,
         TURN=turn is not None, HALF=half, FAR=far is not None, COUNT=count is not None, num_warps=2,
