@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 PIECE = 256  # ring entries that a program reads
-HEADS = 8  # heads that a program of ``store`` turns
-ONE = {"BLOCK": 32, "num_warps": 4, "num_stages": 2}  # of a program that answers one query
-SOME = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}  # of one that answers several
+HEADS = 4  # heads that a program of ``store`` turns
+ONE = {"BLOCK": 32, "num_warps": 4, "num_stages": 3}  # of a program that answers one query by sums
+# Of one that multiplies matrices, for queries and rings of 16 bits and for others.
+SOME_HALF = {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+SOME = {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -132,7 +134,7 @@ def _attend_some(
     KEYS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
     QUERIES: tl.constexpr, FAR: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """Several queries a key head, of one step or more, ``QUERIES`` a program, by matrix products."""
+    """Queries of a key head, of one step or more, ``QUERIES`` a program (some of them padding), by matrix products."""
     piece, head = tl.program_id(0), tl.program_id(1)
     blocks = tl.cdiv(steps * GROUP, QUERIES)
     row = tl.program_id(2) // blocks
@@ -258,12 +260,14 @@ def attend(
     tensors = (query, query if far is None else far, ring, slots, seen, parts, stats, out)
     common = (*tensors, ring.stride(0), entries, window, sinks, entries - sinks, pieces, scale)
     sizes = {"KEYS": keys, "WIDTH": width, "PIECE": PIECE, "FAR": far is not None, "JOIN": join}
-    if steps * group == 1:
+    half = query.dtype == ring.dtype and ring.element_size() == 2
+    if steps * group == 1 and not half:
+        # Tensor cores are faster where both are of 16 bits; widening 8-bit floats for them is slower.
         _attend_one[(pieces, keys, rows)](*common, **sizes, **ONE)
     else:
         some = min(64, max(16, triton.next_power_of_2(steps * group)))
         grid = (pieces, keys, rows * triton.cdiv(steps * group, some))
-        _attend_some[grid](*common, steps, **sizes, GROUP=group, QUERIES=some, **SOME)
+        _attend_some[grid](*common, steps, **sizes, GROUP=group, QUERIES=some, **(SOME_HALF if half else SOME))
     if join:
         _join[(rows * steps * heads,)](
             parts, stats, out, pieces, WIDTH=width, PIECES=triton.next_power_of_2(pieces), num_warps=2

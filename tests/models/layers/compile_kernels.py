@@ -26,7 +26,7 @@ NUMBERS = {
 FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
 
 
-def spills(kernel: Any, kind: str, warps: int, **sizes: Any) -> int:
+def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
     """Loads and stores of registers that found no room. kind: dtype of the rings."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
     signature |= {name: "*bf16" for name in FLOATS if name in signature}
@@ -38,7 +38,7 @@ def spills(kernel: Any, kind: str, warps: int, **sizes: Any) -> int:
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
     source = ASTSource(kernel, signature, constants, divisible)
-    made = triton.compile(source, target=HOPPER, options={"num_warps": warps})
+    made = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -51,21 +51,18 @@ MOSHI = {"KEYS": 32, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": Tr
 QWEN = {"KEYS": 2, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
+
+def sized(kernel: Any, kind: str, setting: dict[str, int], **sizes: Any) -> int:
+    return spills(kernel, kind, setting["num_warps"], setting["num_stages"], BLOCK=setting["BLOCK"], **sizes)
+
+
 found = {
-    **{
-        f"{kind} {name}": spills(kernel, kind, warps, **sizes)
-        for kind in ("bf16", "fp8e4nv")
-        for name, kernel, warps, sizes in (
-            ("store", ring._store, 2, {"QUERIES": 32, "KEYS": 32, **STORE}),
-            ("attend one", ring._attend_one, ring.ONE["num_warps"], {**MOSHI, "BLOCK": ring.ONE["BLOCK"]}),
-            (
-                "attend some",
-                ring._attend_some,
-                ring.SOME["num_warps"],
-                {**QWEN, "GROUP": 7, "QUERIES": 64, "BLOCK": ring.SOME["BLOCK"]},
-            ),
-        )
-    },
+    **{f"{kind} store": spills(ring._store, kind, 2, QUERIES=32, KEYS=32, **STORE) for kind in ("bf16", "fp8e4nv")},
+    "bf16 attend one": sized(ring._attend_some, "bf16", ring.SOME_HALF, **MOSHI, GROUP=1, QUERIES=16),
+    "fp8e4nv attend one": sized(ring._attend_one, "fp8e4nv", ring.ONE, **MOSHI),
+    "fp32 attend one": sized(ring._attend_one, "fp32", ring.ONE, **MOSHI),
+    "bf16 attend some": sized(ring._attend_some, "bf16", ring.SOME_HALF, **QWEN, GROUP=7, QUERIES=64),
+    "fp8e4nv attend some": sized(ring._attend_some, "fp8e4nv", ring.SOME, **QWEN, GROUP=7, QUERIES=64),
     "join": spills(ring._join, "bf16", 2, WIDTH=128, PIECES=16),
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
