@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..layers.kernels import use_kernels
+
 MOST_CANDIDATES = 512  # the largest top-k; 0 draws from all tokens
 HISTORY = 200  # the largest context of a repetition penalty, in words' pieces
 
@@ -69,6 +71,11 @@ def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor) -> T
     noise: ``[B, n]`` Gumbel noise. temperature: ``[B]``, 0 for the likeliest token. top_k: ``[B]`` int64, how many of
     the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all.
     """
+    if logits.dtype == torch.float32 and use_kernels(logits):
+        from ..layers import triton_draw
+
+        if logits.shape[1] <= triton_draw.WIDEST:
+            return triton_draw.draw(logits, noise, temperature, top_k)
     most = min(MOST_CANDIDATES, logits.shape[1])
     best = logits.topk(most, 1).values
     last = best.gather(1, (top_k.clamp(1, most) - 1)[:, None])

@@ -12,14 +12,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
 from antiphon.models.layers import triton_ring as ring
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count"), "*i64"),
-    **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats"), "*fp32"),
+    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token"), "*i64"),
+    **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
     "slot_stride": "i64",
 }
@@ -67,6 +68,10 @@ found = {
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
+    **{
+        f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
+        for size in map(drawing.sizes, (2048, drawing.WIDEST))
+    },
 }
 for kernel, count in found.items():
     print(f"{kernel}: {count}")

@@ -14,6 +14,7 @@ import torch
 
 from antiphon.models.layers import transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
+from antiphon.models.moshi import sampling
 
 PLAIN = TransformerConfig(width=64, layers=1, heads=4, head_width=16, feedforward=96, window=9)
 KINDS = {
@@ -140,6 +141,31 @@ def test_one_query_in_half_the_bits(device, sinks):
         assert torch.equal(attend(InPlace, slice(row, row + 1))[0], together[row])
 
 
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("width", [1, 600, 2048])
+def test_the_same_tokens_are_drawn(monkeypatch, width, device):
+    """Of random numbers, of equal ones and of infinite ones, hot and cold, whatever the rank of the last candidate."""
+    logits = torch.randn(4, width)
+    logits[1] = logits[1].mul(2).round()  # ties, zeros of both signs
+    logits[2, ::3], logits[2, 1::7] = -torch.inf, torch.inf
+    logits[3] = -logits[3].abs() - 1
+    ranks = [0, 1, 2, 3, 25, 250, 511, 512]
+    logits = logits.repeat_interleave(len(ranks), 0).to(device)
+    top_k = torch.tensor(ranks, device=device).repeat(4)
+    chances = torch.stack((top_k, top_k), 1)[:, 1]
+    # Noise that outdoes every finite number makes the last candidate the one that is drawn.
+    order = logits.argsort(dim=1, descending=True, stable=True)
+    climbing = 1e4 * order.argsort(dim=1).float()
+    for noise in (torch.randn(32, 2, width, device=device)[:, 1], climbing):
+        for temperature in (0.0, 0.7):
+            heat = torch.full((32, 2), temperature, device=device)[:, 0]
+            drawn = []
+            for plain in (True, False):
+                monkeypatch.setattr(sampling, "use_kernels", lambda x, plain=plain: not plain)
+                drawn.append(sampling.draw(logits, noise, heat, chances))
+            assert torch.equal(*drawn)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["moshi", "several pieces", "sinks", "qwen"])
 @pytest.mark.parametrize("kv", [None, torch.float8_e4m3fn])
@@ -160,7 +186,7 @@ def test_they_compile_for_a_gpu_that_is_not_there():
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = dict(line.rsplit(": ", 1) for line in ran.stdout.splitlines())
-    assert len(found) == 11
+    assert len(found) == 13
     assert set(found.values()) == {"0"}
 
 
