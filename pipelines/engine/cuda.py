@@ -3,18 +3,19 @@
 Inputs go from pinned staging to static device buffers, the graph runs over them, and outputs come back into pinned
 buffers with an event, all on one stream. Two batches may be in flight: the host fills the next while the device runs.
 All graphs of a device share one memory pool. That is safe because they run one after another on one stream and each
-graph's outputs are copied out before the next graph can reuse the memory.
+graph's outputs are copied out before the next graph can reuse the memory. What a graph reads is kept for as long as the
+graph: making a model ready that shares parts with it replaces what was made of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...models.streaming import StreamingModel
 from .runner import Array, Sliced, Staging, slice_count
@@ -112,6 +113,7 @@ class CudaRunner:
         self._store = store
         self._graphs = graphs
         self._lanes: dict[Hashable, _Lane] = {}
+        self._read: list[Tensor] = []
 
     def prepare(self, variant: Hashable, buckets: Sequence[int]) -> None:
         """Capture every bucket, the largest first, so that the smaller ones find their memory in the pool."""
@@ -125,6 +127,7 @@ class CudaRunner:
             for landing in lane.landings:
                 landing.make_room(lane.captures[bucket][-1].outputs)
         self._lanes[variant] = lane
+        self._read = held(self._model)
 
     def launch(
         self, variant: Hashable, bucket: int, first: int, last: int, inputs: list[dict[str, Array]], slots: list[int]
@@ -183,6 +186,25 @@ class CudaRunner:
         if lane.slices == 1:
             return self._model.step(*arguments)
         return cast(Sliced, self._model).step_slice(index, *arguments)
+
+
+def held(model: nn.Module) -> list[Tensor]:
+    """Aliases of all tensors that a model's modules hold: weights, buffers, and what ``prepare`` made of them."""
+    found: list[Tensor] = []
+
+    def search(value: object) -> None:
+        if isinstance(value, Tensor):
+            found.append(value.detach())
+        elif isinstance(value, Mapping):
+            for one in value.values():
+                search(one)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                search(one)
+
+    for module in model.modules():
+        search(vars(module))
+    return found
 
 
 def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda.Event:

@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toy_models import WIDTH, Breaks, Solver, Toy
 
 from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
@@ -115,6 +116,32 @@ def test_slices_and_two_batches_in_flight() -> None:
             assert all(times["median"] > 0 for times in metrics["models"]["toy"]["variants"][1]["steps"].values())
 
     asyncio.run(main())
+
+
+class Tabled(Toy):
+    """Adds a table that it makes when it is made ready, and that others made ready with the same part make again."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def prepare(self) -> None:
+        self.part.table = (torch.full((WIDTH,), 0.5, device="cuda"),)
+
+    def step(self, inputs, state, slots, active):
+        outputs = super().step(inputs, state, slots, active)
+        return {**outputs, "table": self.part.table[0].expand(len(slots), -1).clone()}
+
+
+def test_what_a_graph_reads_outlives_another_model_made_ready() -> None:
+    part = nn.Module()
+    with Engine("cuda", inline=True) as engine:
+        for name in ("first", "second"):
+            engine.add(name, Tabled(part), slots=1, variants=(1,))
+        taken = [torch.zeros(WIDTH, device="cuda") for _ in range(100)]
+        row = engine.open_sync("first").step_sync(chunk(0, 0))
+        assert (row["table"] == 0.5).all()
+        assert not any(one.any() for one in taken)
 
 
 def test_a_step_that_syncs_cannot_be_captured_and_says_so() -> None:

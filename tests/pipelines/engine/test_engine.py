@@ -26,6 +26,7 @@ from antiphon.pipelines.engine import (
     StepFailed,
 )
 from antiphon.pipelines.engine.core import Core
+from antiphon.pipelines.engine.cuda import held
 
 Main = Callable[[Engine], Coroutine[Any, Any, None]]
 
@@ -493,3 +494,11 @@ def test_a_model_is_prepared_once_it_is_in_place() -> None:
     model = Prepared()
     Engine(inline=True).add("toy", model, slots=1, variants=(1,))
     assert model.prepared_after == model.moves > 0
+
+
+def test_what_a_model_holds_is_found_for_a_graph_to_keep() -> None:
+    model = Toy()
+    model.conv.made = (torch.ones(3), {"later": [torch.zeros(2)]})
+    places = [tensor.data_ptr() for tensor in held(model)]
+    expected = [*model.parameters(), model.conv.made[0], model.conv.made[1]["later"][0]]
+    assert sorted(places) == sorted(tensor.data_ptr() for tensor in expected)
