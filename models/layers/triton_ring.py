@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 PIECE = 256  # ring entries that a program reads
+SHORT = 64  # the same of a ring that two such pieces hold: its few heads and pieces would leave most of a GPU idle
+FEW = 4  # queries a key head that are answered one by one
 HEADS = 4  # heads that a program of ``store`` turns
 ONE = {"BLOCK": 32, "num_warps": 4, "num_stages": 3}  # of a program that answers one query by sums
 # Of one that multiplies matrices, for queries and rings of 16 bits and for others.
@@ -77,20 +79,23 @@ def _held(entry, newest, sinks, size):
 @triton.jit
 def _attend_one(
     query, far, ring, slots, seen, parts, stats, out,
-    slot_stride, entries, window, sinks, size, pieces, scale,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr, FAR: tl.constexpr,
-    JOIN: tl.constexpr,
+    slot_stride, entries, window, sinks, size, pieces, scale, steps,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    FAR: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
-    """One query a key head: every line of a block keeps a softmax of its own, and they are joined once at the end."""
-    piece, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One query a program: every line of a block keeps a softmax of its own, and they are joined once at the end."""
+    piece, head = tl.program_id(0), tl.program_id(1)
+    row, asking = tl.program_id(2) // (steps * GROUP), tl.program_id(2) % (steps * GROUP)
+    step = asking // GROUP
     lane = tl.arange(0, WIDTH)
-    position = tl.load(seen + row)
-    filled = tl.minimum(position + 1, entries).to(tl.int32)
-    newest = (position - sinks).to(tl.int32)
+    begun = tl.load(seen + row)
+    position = (begun + step).to(tl.int32)
+    filled = tl.minimum(begun + steps, entries).to(tl.int32)
+    newest = (begun + steps - 1 - sinks).to(tl.int32)
     slot = ring + tl.load(slots + row) * slot_stride
     base = slot + head.to(tl.int64) * entries * WIDTH
     values = slot + (head + KEYS).to(tl.int64) * entries * WIDTH
-    at = (row * KEYS + head).to(tl.int64)
+    at = ((row * steps + step).to(tl.int64) * KEYS + head) * GROUP + asking % GROUP
     asked = tl.load(query + at * WIDTH + lane).to(tl.float32)[None, :] * scale
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -100,7 +105,8 @@ def _attend_one(
         for begin in range(0, PIECE, BLOCK):
             entry = first + begin + tl.arange(0, BLOCK)
             held = _held(entry - sinks, newest, sinks, size)
-            near = (held >= 0) & (entry < filled) & ((held > position - window) | (held < sinks))
+            behind = position - held
+            near = (held >= 0) & (entry < filled) & (behind >= 0) & ((behind < window) | (held < sinks))
             places = entry[:, None] * WIDTH + lane[None, :]
             key = tl.load(base + places, mask=near[:, None], other=0.0).to(tl.float32)
             value = tl.load(values + places, mask=near[:, None], other=0.0).to(tl.float32)
@@ -124,7 +130,9 @@ def _attend_one(
         if first < filled:
             tl.store(parts + (at * pieces + piece) * WIDTH + lane, heard_all)
     else:
-        tl.store(out + at * WIDTH + lane, (heard_all / total_all).to(out.dtype.element_ty))
+        # A step beyond a row's count may hear nothing: its result means nothing, but is a number.
+        result = heard_all / tl.where(total_all == 0.0, 1.0, total_all)
+        tl.store(out + at * WIDTH + lane, result.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -183,7 +191,6 @@ def _attend_some(
         if first < filled:
             tl.store(parts + place[:, None] * WIDTH + lane[None, :], heard, mask=real[:, None])
     else:
-        # A step beyond a row's count may hear nothing: its result means nothing, but is a number.
         result = heard / tl.where(total == 0.0, 1.0, total)[:, None]
         tl.store(out + at[:, None] * WIDTH + lane[None, :], result.to(out.dtype.element_ty), mask=real[:, None])
 
@@ -251,23 +258,24 @@ def attend(
     rows, steps, heads, width = query.shape
     keys, entries = ring.shape[2], ring.shape[3]
     group = heads // keys
-    pieces = triton.cdiv(entries, PIECE)
+    piece = PIECE if entries > 2 * PIECE else SHORT
+    pieces = triton.cdiv(entries, piece)
     out = torch.empty_like(query)
     join = pieces > 1
     parts = query.new_empty((rows * steps * heads * pieces, width) if join else (1,), dtype=torch.float32)
     stats = query.new_empty((rows * steps * heads * pieces, 2) if join else (1,), dtype=torch.float32)
     scale = width**-0.5 * 1.4426950408889634  # the softmax is by powers of two
     tensors = (query, query if far is None else far, ring, slots, seen, parts, stats, out)
-    common = (*tensors, ring.stride(0), entries, window, sinks, entries - sinks, pieces, scale)
-    sizes = {"KEYS": keys, "WIDTH": width, "PIECE": PIECE, "FAR": far is not None, "JOIN": join}
+    common = (*tensors, ring.stride(0), entries, window, sinks, entries - sinks, pieces, scale, steps)
+    sizes = {"KEYS": keys, "GROUP": group, "WIDTH": width, "PIECE": piece, "FAR": far is not None, "JOIN": join}
     half = query.dtype == ring.dtype and ring.element_size() == 2
-    if steps * group == 1 and not half:
-        # Tensor cores are faster where both are of 16 bits; widening 8-bit floats for them is slower.
-        _attend_one[(pieces, keys, rows)](*common, **sizes, **ONE)
+    if steps * group <= FEW and not half:
+        # Matrix products are faster where both are of 16 bits; 8-bit floats would have to be widened for them.
+        _attend_one[(pieces, keys, rows * steps * group)](*common, **sizes, **ONE)
     else:
         some = min(64, max(16, triton.next_power_of_2(steps * group)))
         grid = (pieces, keys, rows * triton.cdiv(steps * group, some))
-        _attend_some[grid](*common, steps, **sizes, GROUP=group, QUERIES=some, **(SOME_HALF if half else SOME))
+        _attend_some[grid](*common, **sizes, QUERIES=some, **(SOME_HALF if half else SOME))
     if join:
         _join[(rows * steps * heads,)](
             parts, stats, out, pieces, WIDTH=width, PIECES=triton.next_power_of_2(pieces), num_warps=2

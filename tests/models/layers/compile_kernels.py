@@ -48,8 +48,9 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
     return len(re.findall(r"\b(?:STL|LDL)\b", listing))
 
 
-MOSHI = {"KEYS": 32, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
-QWEN = {"KEYS": 2, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
+MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
+MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
+QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
@@ -59,11 +60,11 @@ def sized(kernel: Any, kind: str, setting: dict[str, int], **sizes: Any) -> int:
 
 found = {
     **{f"{kind} store": spills(ring._store, kind, 2, QUERIES=32, KEYS=32, **STORE) for kind in ("bf16", "fp8e4nv")},
-    "bf16 attend one": sized(ring._attend_some, "bf16", ring.SOME_HALF, **MOSHI, GROUP=1, QUERIES=16),
+    "bf16 attend one": sized(ring._attend_some, "bf16", ring.SOME_HALF, **MOSHI, QUERIES=16),
     "fp8e4nv attend one": sized(ring._attend_one, "fp8e4nv", ring.ONE, **MOSHI),
-    "fp32 attend one": sized(ring._attend_one, "fp32", ring.ONE, **MOSHI),
-    "bf16 attend some": sized(ring._attend_some, "bf16", ring.SOME_HALF, **QWEN, GROUP=7, QUERIES=64),
-    "fp8e4nv attend some": sized(ring._attend_some, "fp8e4nv", ring.SOME, **QWEN, GROUP=7, QUERIES=64),
+    "fp32 attend one": sized(ring._attend_one, "fp32", ring.ONE, **MIMI),
+    "bf16 attend some": sized(ring._attend_some, "bf16", ring.SOME_HALF, **QWEN, QUERIES=64),
+    "fp8e4nv attend some": sized(ring._attend_some, "fp8e4nv", ring.SOME, **QWEN, QUERIES=64),
     "join": spills(ring._join, "bf16", 2, WIDTH=128, PIECES=16),
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
