@@ -20,6 +20,7 @@ PLAIN = TransformerConfig(width=64, layers=1, heads=4, head_width=16, feedforwar
 KINDS = {
     "moshi": {},
     "several pieces": {"window": 300},
+    "long pieces": {"window": 520, "longest": 5},
     "sinks": {"sinks": 3, "longest": 2},
     "qwen": {"kv_heads": 2, "rope": "half", "qkv_bias": True, "longest": 5},
     "one key head and sinks": {"kv_heads": 1, "sinks": 2, "longest": 3},
@@ -122,13 +123,13 @@ def test_how_many_rows_there_are_changes_no_bit(monkeypatch, device):
 
 
 @pytest.mark.parametrize("device", HERE)
-@pytest.mark.parametrize("sinks", [0, 3])
-def test_one_query_in_half_the_bits(device, sinks):
+@pytest.mark.parametrize(("window", "sinks"), [(300, 0), (300, 3), (520, 0)])
+def test_one_query_in_half_the_bits(device, window, sinks):
     """Products of matrices answer it; each row like the plain path, and the same whatever rows there are."""
-    config = dataclasses.replace(PLAIN, window=300, sinks=sinks)
+    config = dataclasses.replace(PLAIN, window=window, sinks=sinks)
     entries = config.window + sinks
     rings = 0.5 * torch.randn(6, 1, 2, 4, entries, 16, device=device).half()
-    slots, seen = torch.tensor([4, 1, 2], device=device), torch.tensor([700, 30, 298], device=device)
+    slots, seen = torch.tensor([4, 1, 2], device=device), torch.tensor([700, 30, window - 2], device=device)
     heads = torch.randn(3, 1, 12, 16, device=device).half()
 
     def attend(step, some=slice(None)):
@@ -167,7 +168,7 @@ def test_the_same_tokens_are_drawn(monkeypatch, width, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["moshi", "several pieces", "sinks", "qwen"])
+@pytest.mark.parametrize("kind", ["moshi", "several pieces", "long pieces", "sinks", "qwen"])
 @pytest.mark.parametrize("kv", [None, torch.float8_e4m3fn])
 def test_half_the_bits_on_a_gpu(monkeypatch, kind, kv):
     model = make("cuda", torch.bfloat16, kv_dtype=kv, **KINDS[kind])
