@@ -4,9 +4,10 @@ A dialogue is a *score*: which samples of the bank are heard when, on the user's
 assistant's words as its inner monologue. Scores are made on the CPU from a few random numbers; a batch of them becomes
 sound on the device that holds the bank, with one gather a channel.
 
-The assistant answers once a question is over, but not in a pause inside one; goes on when the user only shows that he
-listens; stops when he interrupts; and says that it does not know when it hears other talk. Answers begin with a frame,
-so that the codec always makes nearly the same codes of them.
+The assistant answers once a question is over, but not in a pause inside one; falls silent at once when the user speaks
+during an answer, and goes on with the word it left if he only showed that he listens: what he is about to say cannot be
+known so early. It says that it does not know when it hears other talk. Answers begin with a frame, and go on with one
+of their frames, so that the codec always makes nearly the same codes of them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ Words = list[tuple[int, list[int]]]
 class Style:
     """How people talk. Times in seconds, levels in decibels, odds of what a user does next need not sum to one.
 
-    reply: from the end of a turn to the answer. react: from an interruption to silence, which then waits for the next
-    frame. lead: frames that the monologue is ahead of the sound. steady: share of dialogues over a steady noise.
+    reply: from the end of a turn to the answer. react: from where the user speaks during an answer to silence, which
+    then waits for the next frame. resume: from the end of an encouragement to where the answer goes on. lead: frames
+    that the monologue is ahead of the sound. steady: share of dialogues over a steady noise.
     """
 
     ask: float = 5.0
@@ -54,11 +56,12 @@ class Style:
     silence: tuple[float, float] = (2.0, 6.0)
     reply: tuple[float, float] = (0.35, 0.8)
     pause: tuple[float, float] = (0.4, 1.4)
-    react: float = 0.1
+    react: tuple[float, float] = (0.0, 0.06)
+    resume: tuple[float, float] = (0.25, 0.45)
     interrupt: float = 0.25
     encourage: float = 0.3
     lead: int = 2
-    speed: tuple[float, float] = (0.95, 1.06)
+    speed: tuple[float, float] = (0.9, 1.1)
     gain: tuple[float, float] = (-14.0, 8.0)
     steady: float = 0.4
     noise: tuple[float, float] = (-40.0, -12.0)
@@ -178,12 +181,12 @@ class Composer:
     def _answer(self, made: Dialogue, text: str, heard: int, gain: float, random: np.random.Generator) -> int:
         """The answer to what ended at ``heard``, and what the user does meanwhile; where all that ends."""
         style, one = self.style, self.answers[text]
-        begin = -(-(heard + _seconds(random, style.reply)) // FRAME) * FRAME
+        begin = _frame_after(heard + _seconds(random, style.reply))
         end = begin + one.samples
         chance = random.random()
         if one.seconds > 1.2 and chance < style.interrupt:
             onset = begin + int(random.uniform(0.4 * RATE, one.samples - 0.4 * RATE))
-            stop = -(-(onset + int(style.react * RATE)) // FRAME) * FRAME
+            stop = self._silent(onset, random)
             self._speak(made, text, begin, min(stop, end), stop < end)
             if random.random() < 0.5:
                 now = self._say(made, _pick(self.stops, random), onset, gain, random)
@@ -191,21 +194,40 @@ class Composer:
             turn, answer = _pick(self.turns, random)
             now = self._ask(made, turn, onset, gain, random)
             return self._answer(made, answer, now, gain, random)
-        self._speak(made, text, begin, end, False)
         if one.seconds > 1.2 and chance > 1 - style.encourage:
-            now = begin + _seconds(random, (0.3, 1.0))
-            while now < end - RATE // 2:
-                now = self._say(made, _pick(self.listening, random), now, gain, random)
-                now += _seconds(random, (1.0, 3.0))
-            return max(now - RATE, end)
+            return self._encouraged(made, text, begin, gain, random)
+        self._speak(made, text, begin, end, False)
         return end
 
-    def _speak(self, made: Dialogue, text: str, begin: int, end: int, cut: bool) -> None:
-        """The assistant's answer from ``begin`` to ``end``, and its words; cut: it is not all of it."""
-        made.model.append(Sound(begin, self.answers[text].begin, end - begin))
+    def _silent(self, onset: int, random: np.random.Generator) -> int:
+        """Where the assistant falls silent once the user begins to speak."""
+        return _frame_after(onset + _seconds(random, self.style.react))
+
+    def _encouraged(self, made: Dialogue, text: str, begin: int, gain: float, random: np.random.Generator) -> int:
+        """An answer that makes room for each encouragement and then goes on with the word it left; where it ends."""
+        one, source = self.answers[text], 0
+        onset = begin + _seconds(random, (0.3, 1.0))
+        while onset < begin + one.samples - source - RATE // 2:
+            stop = self._silent(onset, random)
+            self._speak(made, text, begin, stop, True, source)
+            left = source + stop - begin
+            source = max(at for at, _ in [(0, []), *self.words[text]] if at <= left) // FRAME * FRAME
+            over = self._say(made, _pick(self.listening, random), onset, gain, random)
+            begin = _frame_after(over + _seconds(random, self.style.resume))
+            onset = begin + _seconds(random, (1.0, 3.0))
+        end = begin + one.samples - source
+        self._speak(made, text, begin, end, False, source)
+        return end
+
+    def _speak(self, made: Dialogue, text: str, begin: int, end: int, cut: bool, source: int = 0) -> None:
+        """The assistant's answer from ``begin`` to ``end``, and its words; cut: it is not all of it. source: sample of
+        the answer that this begins with."""
+        made.model.append(Sound(begin, self.answers[text].begin + source, end - begin))
         free, last = 0, min(end // FRAME, self.frames) if cut else self.frames
         for at, tokens in self.words[text]:
-            frame = max(free, (begin + at) // FRAME - self.style.lead, 0)
+            if at < source:
+                continue
+            frame = max(free, (begin + at - source) // FRAME - self.style.lead, 0)
             if frame >= last:
                 return
             if frame and made.text[frame - 1] == PAD:
@@ -315,6 +337,11 @@ def lay(pcm: Tensor, rows: Sequence[Sequence[Sound]], width: int) -> Tensor:
 
 def _pick(things: Sequence[T], random: np.random.Generator) -> T:
     return things[int(random.integers(len(things)))]
+
+
+def _frame_after(sample: int) -> int:
+    """The first sample of the frame that begins there or next."""
+    return -(-sample // FRAME) * FRAME
 
 
 def _seconds(random: np.random.Generator, between: tuple[float, float]) -> int:

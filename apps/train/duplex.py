@@ -86,7 +86,8 @@ class Recipe:
     frames: of a dialogue, more than the window, so that its end is trained too. reuse: steps from one new batch to the
     next; the batch of a step is drawn from the last ``pool`` ones. semantic: weight of the first codebook
     among the others' 1. padding: weight of a text token that says nothing. silent: of a frame's sound where the
-    assistant is silent.
+    assistant is silent. spoil: share of the heard codes that are those of another dialogue, so that the model does not
+    learn its utterances by heart.
     """
 
     rows: int = 32
@@ -102,6 +103,7 @@ class Recipe:
     semantic: float = 4.0
     padding: float = 0.5
     silent: float = 0.2
+    spoil: float = 0.1
     text: float = 1.0
 
 
@@ -209,10 +211,19 @@ class DuplexTraining(Loop):
         index = placed(chosen, self._codes.device)
         return self._codes[index], self._active[index]
 
+    def _spoilt(self, codes: Tensor, step: int) -> Tensor:
+        """``codes`` whose heard ones are in part the next row's."""
+        first = 1 + self.lm.config.spoken
+        generator = torch.Generator(codes.device).manual_seed(self.dialogues.seed * 1_000_003 + step)
+        heard = codes[:, first:]
+        chance = torch.rand(heard.shape, generator=generator, device=codes.device)
+        return torch.cat((codes[:, :first], torch.where(chance < self.recipe.spoil, heard.roll(1, 0), heard)), 1)
+
     def train_step(self) -> Losses:
         share = schedule(self.step, self.steps, self.recipe.warmup, self.recipe.level_until)
         self.weights.rate.fill_(self.recipe.rate * share)
-        return self.graph("step", *self.drawn(self.step))
+        codes, active = self.drawn(self.step)
+        return self.graph("step", self._spoilt(codes, self.step), active)
 
     def _step(self, key: str, codes: Tensor, active: Tensor) -> Losses:
         loss, parts = loss_of(self.lm, codes, active, self.recipe)

@@ -345,7 +345,7 @@ def judge(calls: Sequence[Call], lengths: Mapping[str, int]) -> dict[str, dict[s
             rows[ANSWERS].add(soon)
             if starts:
                 rows[SOON].values.append(1000 * (starts[0] - turn.end) / RATE)
-            if call.kind != "interruption":  # which leaves it no time for the answer
+            if call.kind not in ("interruption", "encouragement"):  # which cut the answer, or make it say a word twice
                 right = scored(call.text(turn.end, limit)) == scored(turn.expected)
                 rows[DECLINES if call.kind == "talk" else RIGHT].add(right)
         _judge_kind(call, heard, turns, rows, lengths)
@@ -366,8 +366,9 @@ def _judge_kind(
         rows[WAITS].add(not any(begin < turns[-1].end and end > by["pause"].begin for begin, end in heard))
     elif call.kind == "encouragement":
         after = [(begin, end) for begin, end in heard if begin >= turns[0].end]
-        spoken = sum(end - begin for begin, end in after[:1])
-        rows[GOES_ON].add("encouragement" in by and spoken >= WHOLE * lengths[turns[0].expected])
+        spoken = sum(end - begin for begin, end in after)
+        again = "encouragement" in by and any(end > by["encouragement"].end for _, end in after)
+        rows[GOES_ON].add(again and spoken >= WHOLE * lengths[turns[0].expected])
     elif call.kind == "interruption":
         if "interruption" not in by:
             rows[STOPS].add(False)
@@ -381,8 +382,8 @@ def _judge_kind(
 
 
 def _judge_starts(call: Call, heard: Sequence[tuple[int, int]], row: Row) -> None:
-    """What the model begins to say with no turn behind it that it has not answered yet."""
-    ends = sorted(one.end for one in call.events if one.what in ("turn", "interruption"))
+    """What the model begins to say with nothing behind it that it has not answered yet, or gone on after."""
+    ends = sorted(one.end for one in call.events if one.what != "pause")
     for begin, _ in heard:
         asked = [end for end in ends if end <= begin]
         if asked:

@@ -18,6 +18,7 @@ from antiphon.apps.train.bank import (
     Bank,
     BankWriter,
     Order,
+    Utterance,
     parted,
     plan,
     trimmed,
@@ -194,45 +195,61 @@ def test_training_never_hears_what_is_tested(bank: Bank, composer: Composer, enc
 
 
 def test_the_assistant_keeps_its_turn(bank: Bank, composer: Composer) -> None:
-    """It waits for the end of a turn and through pauses, is never heard twice at once, and stops when interrupted."""
+    """It waits for the end of a turn and through pauses, is never heard twice at once, falls silent when the user
+    speaks, and goes on with the word it left after an encouragement."""
     style = Style()
     by_begin = {one.begin: one for one in bank.utterances}
-    seen = dict.fromkeys(("cut", "encouraged", "paused", "whole"), 0)
+    seen = dict.fromkeys(("cut", "encouraged", "resumed", "paused", "whole"), 0)
     for made in composed(composer, 150):
-        for before, after in pairwise(made.model):
+        for before, after in (*pairwise(made.model), *pairwise(made.user)):
             assert before.at + before.length <= after.at
-        for before, after in pairwise(made.user):
-            assert before.at + before.length <= after.at
-        for answer in made.model:
+        for number, answer in enumerate(made.model):
             assert answer.at % FRAME == 0
+            one, source = spoken(bank, answer)
             end = answer.at + answer.length
             asked = [sound for sound in made.user if sound.at + sound.length <= answer.at]
             last = by_begin[asked[-1].begin]
-            assert last.role in ("question", "second half", "talk", "stop")
             wait = (answer.at - asked[-1].at - asked[-1].length) / RATE
-            assert style.reply[0] <= wait <= style.reply[1] + FRAME / RATE
+            low, high = style.resume if last.role == "backchannel" else style.reply
+            assert low <= wait <= high + FRAME / RATE
+            if last.role == "backchannel":
+                seen["resumed"] += 1
+                before, where = spoken(bank, made.model[number - 1])
+                left = where + made.model[number - 1].length
+                assert before == one
+                assert source % FRAME == 0
+                assert source <= left
+                assert not [at for _, at in one.words if source + FRAME <= at <= left]
+            else:
+                assert last.role in ("question", "second half", "talk", "stop")
+                assert source == 0
             if last.role == "second half":
                 seen["paused"] += 1
                 assert by_begin[asked[-2].begin].role == "first half"
                 assert by_begin[asked[-2].begin].pair == last.pair
             meanwhile = [sound for sound in made.user if answer.at < sound.at < end]
-            roles = {by_begin[sound.begin].role for sound in meanwhile}
-            if answer.length < by_begin[answer.begin].samples:
-                seen["cut"] += 1
+            if source + answer.length < one.samples:
                 onset = meanwhile[-1].at
-                assert style.react * RATE <= end - onset <= style.react * RATE + FRAME
-                assert roles <= {"stop", "question", "first half"}
+                assert style.react[0] * RATE <= end - onset <= style.react[1] * RATE + FRAME
+                role = by_begin[meanwhile[-1].begin].role
+                seen["encouraged" if role == "backchannel" else "cut"] += 1
+                assert role in ("stop", "question", "first half", "backchannel")
+                assert len(meanwhile) == 1
             else:
                 seen["whole"] += 1
-                seen["encouraged"] += bool(roles)
-                assert roles <= {"backchannel"}
+                assert not meanwhile
     assert min(seen.values()) > 10, seen
+
+
+def spoken(bank: Bank, sound: Sound) -> tuple[Utterance, int]:
+    """Whose sound it is, and where in it that begins."""
+    whose = [one for one in bank.utterances if one.begin <= sound.begin < one.begin + one.samples]
+    return whose[0], sound.begin - whose[0].begin
 
 
 def test_the_monologue_is_what_is_said_when_it_is_said(bank: Bank, composer: Composer, encode: Encode) -> None:
     decode = encode._pieces.decode
-    by_begin = {one.begin: one for one in bank.utterances}
-    whole = 0
+    whole = resumed = 0
     for made in composed(composer, 40):
         assert made.text.shape == (FRAMES,)
         silent = np.ones(FRAMES, bool)
@@ -241,9 +258,15 @@ def test_the_monologue_is_what_is_said_when_it_is_said(bank: Bank, composer: Com
             following = made.model[number + 1 : number + 2]
             last = min([FRAMES, *(one.at // FRAME - 3 for one in following)])
             tokens = [int(token) for token in made.text[max(0, first) : last] if token not in (PAD, END_PAD)]
-            one = by_begin[answer.begin]
+            one, source = spoken(bank, answer)
             end = answer.at + answer.length
-            if answer.length == one.samples and end < (FRAMES - 8) * FRAME:
+            if source:
+                resumed += 1
+                said = decode(tokens).rstrip(".,")
+                assert said in one.text
+                if source + answer.length == one.samples and end < (FRAMES - 8) * FRAME:
+                    assert one.text.endswith(decode(tokens))
+            elif answer.length == one.samples and end < (FRAMES - 8) * FRAME:
                 whole += 1
                 assert decode(tokens) == one.text
                 assert first <= 0 or made.text[first] not in (PAD, END_PAD)
@@ -254,6 +277,7 @@ def test_the_monologue_is_what_is_said_when_it_is_said(bank: Bank, composer: Com
             silent[max(0, first - 1) : last] = False
         assert (made.text[silent] == PAD).all()
     assert whole > 40
+    assert resumed > 5
 
 
 def test_sound_lies_where_the_score_says() -> None:

@@ -101,6 +101,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
         other.resume()
 
 
+def test_what_is_heard_is_spoilt_a_little(bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path) -> None:
+    run = training(bank, tokenizer, codec, tmp_path)
+    config = run.lm.config
+    codes = torch.arange(2).view(2, 1, 1).expand(2, 1 + config.spoken + config.heard, 400).contiguous()
+    spoilt = run._spoilt(codes, 3)
+    assert torch.equal(spoilt, run._spoilt(codes, 3))
+    assert not torch.equal(spoilt, run._spoilt(codes, 4))
+    assert torch.equal(spoilt[:, : 1 + config.spoken], codes[:, : 1 + config.spoken])
+    assert 0.07 < (spoilt != codes)[:, 1 + config.spoken :].float().mean() < 0.13
+
+
 def test_dialogues_are_drawn_a_few_times_and_then_make_room(
     bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path
 ) -> None:
