@@ -95,7 +95,7 @@ class Recipe:
     reuse: int = 4
     pool: int = 8
     rate: float = 1.2e-3
-    warmup: int = 400
+    warmup: int = 200
     level_until: float = 0.3
     decay: float = 0.05
     clip: float = 1.0
