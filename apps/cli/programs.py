@@ -21,6 +21,7 @@ RECIPES = {
     "asr": "the embedded recogniser, from speech with transcripts and a teacher",
     "bank": "utterances that dialogues are composed of, for 'codec' and 'duplex'",
     "codec": "a small Mimi, the codec of the dialogue model",
+    "codec_refine": "that codec's decoder further, for one voice",
     "duplex": "the tiny full-duplex dialogue model",
     "duplex_eval": "how a full-duplex model behaves in calls with a simulated user",
     "synthesise": "speech to train on, from text",

@@ -36,6 +36,7 @@ from .voices import RATE
 from .voices.signal import CLIP_RATE, PLAIN, resample
 
 CODEC = "codec"
+BETAS = (0.8, 0.99)
 
 TINY = MimiConfig(
     channels=16,
@@ -268,48 +269,31 @@ class Crops:
         return torch.where(real, sound * gain, 0.0)
 
 
-class CodecTraining(Loop):
-    """Codec and judges against each other."""
+class Judged(Loop):
+    """What makes sound against judges, with ``self.weights`` those of what makes it."""
 
-    def __init__(
-        self,
-        config: MimiConfig,
-        recipe: Recipe,
-        crops: Crops,
-        teacher: Teacher,
-        out: Path,
-        steps: int,
-        seed: int = 0,
-        graphed: bool = False,
-    ) -> None:
-        super().__init__(out, steps, plain({"config": asdict(config), "recipe": asdict(recipe), "seed": seed}))
-        device = crops.pcm.device
-        torch.manual_seed(seed)
-        self.recipe, self.crops, self.teacher, self.seed = recipe, crops, teacher, seed
-        self.student = Student(config, teacher.width, recipe).to(device).train()
+    weights: Weights
+
+    def __init__(self, settings: Mapping[str, Any], recipe: Recipe, crops: Crops, out: Path, steps: int) -> None:
+        super().__init__(out, steps, settings)
+        self.recipe, self.crops, device = recipe, crops, crops.pcm.device
         self.judges = Judges().to(device).train()
-        self.distance = MelDistance(config.sample_rate).to(device)
-        betas = (0.8, 0.99)
-        self.weights = Weights(self.student, betas=betas, decay=recipe.decay, clip=100.0, average=recipe.average)
-        self.judging = Weights(self.judges, betas=betas, decay=recipe.decay, clip=10.0)
-        self.graph = Graphed(self._step, graphed)
-        teacher.standardise(crops(2**31))
+        self.distance = MelDistance(RATE).to(device)
+        self.judging = Weights(self.judges, betas=BETAS, decay=recipe.decay, clip=10.0)
 
-    def train_step(self) -> Losses:
+    def begin(self) -> bool:
+        """Set a step's rates and seed; whether it has judges."""
         share = schedule(self.step, self.steps, self.recipe.warmup, self.recipe.level_until)
         self.weights.rate.fill_(self.recipe.rate * share)
         self.judging.rate.fill_(self.recipe.rate * share)
-        torch.manual_seed(self.seed * 1_000_003 + self.step)
-        judged = self.step >= self.recipe.judge_from * self.steps
-        pcm = self.crops(self.step)
-        return self.graph(judged, pcm, self.teacher(pcm))
+        torch.manual_seed(self.crops.seed * 1_000_003 + self.step)
+        return self.step >= self.recipe.judge_from * self.steps
 
-    def _step(self, judged: bool, pcm: Tensor, wanted: Tensor) -> Losses:
+    def learn(self, made: Tensor, pcm: Tensor, total: Tensor, losses: Losses, judged: bool) -> Losses:
+        """One step down ``total`` and the spectral distance, and against the judges, who learn too."""
         recipe = self.recipe
-        made, guess, losses = self.student(pcm)
         losses["mel"] = self.distance(made, pcm)
-        losses["distil"] = 1 - F.cosine_similarity(guess, wanted, dim=-1)[:, 1:].mean()
-        total = recipe.mel * losses["mel"] + recipe.commit * losses["commit"] + recipe.distil * losses["distil"]
+        total = total + recipe.mel * losses["mel"]
         if judged:
             with torch.autocast(pcm.device.type, torch.bfloat16, enabled=pcm.is_cuda, cache_enabled=False):
                 made, pcm = self._stretch(made, pcm)
@@ -334,6 +318,41 @@ class CodecTraining(Loop):
 
     def skipped(self) -> int:
         return int(self.weights.skipped + self.judging.skipped)
+
+
+class CodecTraining(Judged):
+    """Codec and judges against each other."""
+
+    def __init__(
+        self,
+        config: MimiConfig,
+        recipe: Recipe,
+        crops: Crops,
+        teacher: Teacher,
+        out: Path,
+        steps: int,
+        seed: int = 0,
+        graphed: bool = False,
+    ) -> None:
+        torch.manual_seed(seed)
+        student = Student(config, teacher.width, recipe)
+        settings = plain({"config": asdict(config), "recipe": asdict(recipe), "seed": seed})
+        super().__init__(settings, recipe, crops, out, steps)
+        self.teacher, self.student = teacher, student.to(crops.pcm.device).train()
+        self.weights = Weights(self.student, betas=BETAS, decay=recipe.decay, clip=100.0, average=recipe.average)
+        self.graph = Graphed(self._step, graphed)
+        teacher.standardise(crops(2**31))
+
+    def train_step(self) -> Losses:
+        judged, pcm = self.begin(), self.crops(self.step)
+        return self.graph(judged, pcm, self.teacher(pcm))
+
+    def _step(self, judged: bool, pcm: Tensor, wanted: Tensor) -> Losses:
+        recipe = self.recipe
+        made, guess, losses = self.student(pcm)
+        losses["distil"] = 1 - F.cosine_similarity(guess, wanted, dim=-1)[:, 1:].mean()
+        total = recipe.commit * losses["commit"] + recipe.distil * losses["distil"]
+        return self.learn(made, pcm, total, losses, judged)
 
     def state(self) -> dict[str, Any]:
         return {

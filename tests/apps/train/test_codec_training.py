@@ -13,6 +13,7 @@ from on_device import Device
 from antiphon.apps.train.bank import Bank
 from antiphon.apps.train.codec import TINY, CodecTraining, Crops, Learned, Recipe, Teacher, measured
 from antiphon.apps.train.codec_losses import Judges, MelDistance
+from antiphon.apps.train.codec_refine import Refining
 from antiphon.codecs import mimi_checkpoint
 from antiphon.codecs.mel import LogMel
 from antiphon.codecs.mimi import Mimi, MimiConfig
@@ -90,6 +91,26 @@ def test_what_is_saved_is_the_averaged_codec(bank: Bank, tmp_path: Path) -> None
     pcm = run.crops(99)
     assert (read.decode(codec.encode(pcm)) - codec.decode(codec.encode(pcm))).abs().max() < 1e-2
     assert set(measured(read, run.crops, 1)) == {"mel", "snr"}
+
+
+def test_a_refined_decoder_says_the_same_codes_better(bank: Bank, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = Mimi(CONFIG).eval()
+    pcm = torch.from_numpy(np.array(bank.pcm))
+    crops = Crops(bank, pcm, RECIPE, 0)
+    codes, before = codec.encode(crops(99)), measured(codec, crops, 1)
+    kept = {name: value.clone() for name, value in codec.state_dict().items()}
+    run = Refining(codec, RECIPE, crops, tmp_path, 24)
+    run.run()
+    refined = run.codec()
+    assert torch.equal(refined.encode(crops(99)), codes)
+    assert measured(refined, crops, 1)["mel"] < 0.9 * before["mel"]
+    changed = {name for name, value in refined.state_dict().items() if not torch.equal(value, kept[name])}
+    assert changed
+    assert all(name.startswith("decoder.") or ".back." in name for name in changed)
+    again = Refining(Mimi(CONFIG), RECIPE, crops, tmp_path, 24)
+    assert again.resume()
+    assert torch.equal(again.weights.flat, run.weights.flat)
 
 
 def test_the_shipped_sizes() -> None:
