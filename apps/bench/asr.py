@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import shlex
 import statistics
 import sys
 import time
@@ -397,7 +398,7 @@ def main(arguments: Sequence[str]) -> None:
                             advance=advance,
                         )
                     )
-    command = " ".join(("antiphon bench asr", *arguments))
+    command = shlex.join(("antiphon", "bench", "asr", *arguments))
     path = write_result(options.name or f"asr_{device.type}", command, numbers, options.results)
     report(numbers, console)
     told(path, "plot_asr", console)

@@ -18,10 +18,12 @@ import argparse
 import asyncio
 import dataclasses
 import gc
+import math
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -264,6 +266,7 @@ def bench_capacity(
         held = bisect(most, lambda count: run(count, seconds), lambda: time.monotonic() + warm + seconds < until)
         while held and confirm and time.monotonic() + warm + confirm < until and not run(held, confirm):
             held -= max(1, held // 16)
+        held = min(held, _shown(runs))
         metrics = engine.metrics()["models"][NAME]
     return {
         "name": what,
@@ -275,6 +278,12 @@ def bench_capacity(
         "ready_seconds": round(ready, 1),
         "steps": metrics["variants"][1]["steps"],
     }
+
+
+def _shown(runs: Sequence[Mapping[str, Any]]) -> int:
+    """The largest number that held and is smaller than any that did not."""
+    least = min((run["sessions"] for run in runs if not run["held"]), default=math.inf)
+    return max((run["sessions"] for run in runs if run["held"] and run["sessions"] < least), default=0)
 
 
 def _room(model: Duplex, device: torch.device, reserve: float) -> int:
@@ -407,7 +416,7 @@ def main(arguments: Sequence[str]) -> None:
             numbers["frame"] += bench_references(
                 random, options.batches, frames=options.frames, failures=numbers["failures"], advance=advance
             )
-    command = " ".join(("antiphon bench duplex", *arguments))
+    command = shlex.join(("antiphon", "bench", "duplex", *arguments))
     path = write_result(options.name or f"duplex_{device.type}", command, numbers, options.results)
     report(numbers, console)
     told(path, "plot_duplex", console)

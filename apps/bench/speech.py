@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import dataclasses
 import gc
+import shlex
 import statistics
 import sys
 import time
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def write() -> Path:
         """What there is so far."""
-        command = " ".join(("antiphon bench speech", *arguments))
+        command = shlex.join(("antiphon", "bench", "speech", *arguments))
         return write_result(options.name or f"speech_{device.type}", command, numbers, options.results)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

@@ -114,3 +114,10 @@ def test_frames_are_sent_when_they_are_due_or_a_little_later() -> None:
     assert plan == schedule(3, 50, 0.08, seed=1, jitter=0.01)
     assert plan != schedule(3, 50, 0.08, seed=2, jitter=0.01)
     assert [due for _, due, *_ in schedule(4, 1, 0.08, None, 0.0)] == pytest.approx([0.0, 0.02, 0.04, 0.06])
+
+
+def test_only_numbers_that_were_run_are_shown() -> None:
+    runs = [{"sessions": count, "held": held} for count, held in ((145, False), (108, True), (126, True), (126, False))]
+    assert duplex._shown(runs) == 108
+    assert duplex._shown(runs[:3]) == 126
+    assert duplex._shown(runs[:1]) == duplex._shown([]) == 0
