@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.layers.conv import CausalConv1d, CausalConvTranspose1d
+from ..models.layers.conv import CausalConv1d, CausalConvTranspose1d, joined
 from ..models.layers.packing import pack
 from ..models.layers.transformer import Transformer
 from ..models.streaming import Specs, State, StreamingModel, TensorSpec
@@ -31,8 +31,8 @@ __all__ = ["Mimi", "MimiConfig", "MimiDecoder", "MimiEncoder"]
 class Context(Protocol):
     """Where a layer finds what came before its input."""
 
-    def convolve(self, layer: Convolution, x: Tensor) -> Tensor:
-        """``[B, C, T] -> [B, C', T']``."""
+    def convolve(self, layer: Convolution, x: Tensor, branch: Tensor | None = None, elu: bool = False) -> Tensor:
+        """``[B, C, T] -> [B, C', T']``, of ``x + branch``, through ELU if asked for."""
 
     def transform(self, layer: Transformer, x: Tensor) -> Tensor:
         """``[B, T, d] -> [B, T, d]``."""
@@ -41,8 +41,8 @@ class Context(Protocol):
 class Whole:
     """Whole signals: nothing came before."""
 
-    def convolve(self, layer: Convolution, x: Tensor) -> Tensor:
-        result: Tensor = layer(x)
+    def convolve(self, layer: Convolution, x: Tensor, branch: Tensor | None = None, elu: bool = False) -> Tensor:
+        result: Tensor = layer(joined(x, branch, elu))
         return result
 
     def transform(self, layer: Transformer, x: Tensor) -> Tensor:
@@ -212,8 +212,8 @@ class _Slots:
         scratch = next(iter(state.values())).shape[0] - 1
         self.target = torch.where(active, slots, scratch)
 
-    def convolve(self, layer: Convolution, x: Tensor) -> Tensor:
-        return layer.step(self.names[layer], x, self.state, self.slots, self.target)
+    def convolve(self, layer: Convolution, x: Tensor, branch: Tensor | None = None, elu: bool = False) -> Tensor:
+        return layer.step(self.names[layer], x, self.state, self.slots, self.target, branch, elu)
 
     def transform(self, layer: Transformer, x: Tensor) -> Tensor:
         return layer.step(self.names[layer], x, self.state, self.slots, self.target)

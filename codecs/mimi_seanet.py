@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +12,13 @@ from ..models.layers.conv import CausalConv1d, CausalConvTranspose1d
 from .mimi_config import MimiConfig
 
 Convolution = CausalConv1d | CausalConvTranspose1d
-Convolve = Callable[[Convolution, Tensor], Tensor]  # runs a layer, over the whole signal or the next of a session's
+
+
+class Convolve(Protocol):
+    """Runs a layer, over the whole signal or the next of a session's."""
+
+    def __call__(self, layer: Convolution, x: Tensor, branch: Tensor | None = None, elu: bool = False) -> Tensor:
+        """``[B, C, T] -> [B, C', T']``, of ``x + branch``, through ELU if asked for."""
 
 
 class Residual(nn.Module):
@@ -25,8 +31,8 @@ class Residual(nn.Module):
         self.widen = CausalConv1d(narrow, channels, 1)
 
     def forward(self, x: Tensor, convolve: Convolve) -> Tensor:
-        """``[B, C, T] -> [B, C, T]``."""
-        return x + convolve(self.widen, F.elu(convolve(self.narrow, F.elu(x)), inplace=True))
+        """What to add to ``[B, C, T]``."""
+        return convolve(self.widen, F.elu(convolve(self.narrow, x, elu=True), inplace=True))
 
 
 class Stage(nn.Module):
@@ -40,16 +46,18 @@ class Stage(nn.Module):
 
     def down(self, x: Tensor, convolve: Convolve) -> Tensor:
         """``[B, C, T] -> [B, C', T / stride]``."""
-        for residual in self.residuals:
-            x = residual(x, convolve)
-        return convolve(self.resample, F.elu(x, inplace=True))
+        return convolve(self.resample, *self._refined(x, convolve), elu=True)
 
-    def up(self, x: Tensor, convolve: Convolve) -> Tensor:
-        """``[B, C', T] -> [B, C, T * stride]``."""
-        x = convolve(self.resample, F.elu(x, inplace=True))
+    def up(self, x: Tensor, branch: Tensor | None, convolve: Convolve) -> tuple[Tensor, Tensor | None]:
+        """``[B, C', T] -> [B, C, T * stride]``, both as a signal and a branch that waits to be added."""
+        return self._refined(convolve(self.resample, x, branch, elu=True), convolve)
+
+    def _refined(self, x: Tensor, convolve: Convolve) -> tuple[Tensor, Tensor | None]:
+        branch: Tensor | None = None
         for residual in self.residuals:
-            x = residual(x, convolve)
-        return x
+            x = x if branch is None else x + branch
+            branch = residual(x, convolve)
+        return x, branch
 
 
 class SeanetEncoder(nn.Module):
@@ -70,7 +78,7 @@ class SeanetEncoder(nn.Module):
         x = convolve(self.first, pcm)
         for stage in self.stages:
             x = stage.down(x, convolve)  # type: ignore[operator]
-        return convolve(self.last, F.elu(x, inplace=True))
+        return convolve(self.last, x, elu=True)
 
 
 class SeanetDecoder(nn.Module):
@@ -88,7 +96,7 @@ class SeanetDecoder(nn.Module):
 
     def forward(self, x: Tensor, convolve: Convolve) -> Tensor:
         """``[B, d, T] -> [B, 1, T * hop]``."""
-        x = convolve(self.first, x)
+        x, branch = convolve(self.first, x), None
         for stage in self.stages:
-            x = stage.up(x, convolve)  # type: ignore[operator]
-        return convolve(self.last, F.elu(x, inplace=True))
+            x, branch = stage.up(x, branch, convolve)  # type: ignore[operator]
+        return convolve(self.last, x, branch, elu=True)

@@ -8,6 +8,8 @@ many frames is the same as many steps of one.
 A packed layer is a matrix product over the windows: for the few frames of a step on the CPU up to fifteen times as fast
 as torch's convolution, which brings wide kernels into another order at every call. It makes its result with the
 channels innermost in memory: what follows gets a ``[B, C, T]`` view, and another packed layer takes it without a copy.
+On a GPU torch's convolution reorders its input and its output: there a kernel of :mod:`.triton_conv` writes the windows
+and another adds the outputs up; a product of ``LARGE`` work is left to the convolution, which may use 19-bit floats.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..streaming import Specs, State, TensorSpec
+from .kernels import use_kernels
 from .packing import Packable, pack_weight, packed_linear
+
+LARGE = 500e6  # operations from which a GPU's tensor cores make up for what a convolution costs beside its products
+NARROW = 16  # numbers in a window, or outputs of it, with fewer of which they have nothing to do
+
+
+def joined(x: Tensor, branch: Tensor | None, elu: bool) -> Tensor:
+    """``x + branch``, through ELU if asked for."""
+    if branch is not None:
+        x = x + branch
+    return F.elu(x, inplace=branch is not None) if elu else x
 
 
 class CausalConv1d(Packable, nn.Conv1d):
@@ -52,7 +65,7 @@ class CausalConv1d(Packable, nn.Conv1d):
 
     def pack(self) -> None:
         """Make the packed copy; does nothing for grouped convolutions."""
-        self.packed = pack_weight(self.weight.detach().transpose(1, 2).flatten(1)) if self.groups == 1 else None
+        self.packed = _pack(self.weight.detach().transpose(1, 2).flatten(1)) if self.groups == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, T] -> [B, C', T / stride]``. Raises ValueError where the stride does not divide T."""
@@ -66,25 +79,61 @@ class CausalConv1d(Packable, nn.Conv1d):
         spec = {f"{prefix}.past": TensorSpec((self.past, self.in_channels), dtype)}
         return spec | {f"{prefix}.started": TensorSpec((), torch.bool)} if self.replicate else spec
 
-    def step(self, prefix: str, x: Tensor, state: State, slots: Tensor, target: Tensor) -> Tensor:
+    def step(
+        self,
+        prefix: str,
+        x: Tensor,
+        state: State,
+        slots: Tensor,
+        target: Tensor,
+        branch: Tensor | None = None,
+        elu: bool = False,
+    ) -> Tensor:
         """The sessions' next inputs ``[B, C, T] -> [B, C', T / stride]``.
 
         state, slots: as in :class:`~antiphon.models.streaming.StreamingModel`; target ``[B]``: the slots to write.
-        Raises ValueError where the stride does not divide T.
+        branch, elu: the inputs are ``x + branch``, through ELU. Raises ValueError where the stride does not divide T.
         """
         self._check(x)
-        if not self.past:
+        memory, started = state.get(f"{prefix}.past"), state.get(f"{prefix}.started")
+        if self.packed is not None and use_kernels(x):
+            return self._step_kernels(x, memory, started, slots, target, branch, elu)
+        x = joined(x, branch, elu)
+        if memory is None:
             return self._convolve(x)
         x = x.transpose(1, 2)
-        memory = state[f"{prefix}.past"]
         past = memory.index_select(0, slots)
-        if self.replicate:
-            started = state[f"{prefix}.started"]
+        if started is not None:
             past = torch.where(started.index_select(0, slots)[:, None, None], past, x[:, :1])
             started.index_fill_(0, target, True)
         window = torch.cat((past, x), 1)
         memory.index_copy_(0, target, window[:, -self.past :])
         return self._convolve(window.transpose(1, 2))
+
+    def _step_kernels(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        started: Tensor | None,
+        slots: Tensor,
+        target: Tensor,
+        branch: Tensor | None,
+        elu: bool,
+    ) -> Tensor:
+        from .triton_conv import windows
+
+        rows, _, steps = x.shape
+        (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
+        large = _is_large(rows * steps // stride, self.packed)
+        sizes = (1, 1, 1) if large else (kernel, stride, dilation)
+        x = x.transpose(1, 2)
+        if memory is not None or branch is not None or elu or sizes != (1, 1, 1):
+            x = windows(x, _innermost(branch), elu, memory, slots, target, started, *sizes)
+        if started is not None:
+            started.index_fill_(0, target, True)
+        if large:
+            return _convolved(x, self.packed, self.bias, kernel, stride, dilation).transpose(1, 2)
+        return _linear(x, self.packed, self.bias).transpose(1, 2)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[2] % self.stride[0]:
@@ -93,7 +142,11 @@ class CausalConv1d(Packable, nn.Conv1d):
     def _convolve(self, x: Tensor) -> Tensor:
         if self.packed is None or torch.is_grad_enabled():
             return F.conv1d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        return packed_linear(self._windows(x), self.packed, self.bias).transpose(1, 2)
+        (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
+        if _is_large(len(x) * (x.shape[2] - self.past) // stride, self.packed):
+            signal = x.transpose(1, 2).contiguous()
+            return _convolved(signal, self.packed, self.bias, kernel, stride, dilation).transpose(1, 2)
+        return _linear(self._windows(x), self.packed, self.bias).transpose(1, 2)
 
     def _windows(self, x: Tensor) -> Tensor:
         """``[B, C, past + T] -> [B, T / stride, kernel * C]``."""
@@ -126,7 +179,7 @@ class CausalConvTranspose1d(Packable, nn.ConvTranspose1d):
         self.packed = None
         if self.groups == 1:
             whole = F.pad(self.weight.detach(), (0, -self.kernel_size[0] % self.stride[0]))
-            self.packed = pack_weight(whole.permute(2, 1, 0).flatten(0, 1))
+            self.packed = _pack(whole.permute(2, 1, 0).flatten(0, 1))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the length is not up to the caller
         """``[B, C, T] -> [B, C', T * stride]``."""
@@ -136,14 +189,47 @@ class CausalConvTranspose1d(Packable, nn.ConvTranspose1d):
         """The outputs that await later inputs, without the bias."""
         return {f"{prefix}.rest": TensorSpec((self.rest, self.out_channels), dtype)} if self.rest else {}
 
-    def step(self, prefix: str, x: Tensor, state: State, slots: Tensor, target: Tensor) -> Tensor:
+    def step(
+        self,
+        prefix: str,
+        x: Tensor,
+        state: State,
+        slots: Tensor,
+        target: Tensor,
+        branch: Tensor | None = None,
+        elu: bool = False,
+    ) -> Tensor:
         """The sessions' next inputs ``[B, C, T] -> [B, C', T * stride]``; arguments as in CausalConv1d."""
-        y, length = self._spread(x), x.shape[2] * self.stride[0]
+        if self.rest == self.stride[0] and (self.packed is not None or self._depthwise) and use_kernels(x):
+            return self._step_kernels(x, state[f"{prefix}.rest"], slots, target, branch, elu)
+        y, length = self._spread(joined(x, branch, elu)), x.shape[2] * self.stride[0]
         if self.rest:
             memory = state[f"{prefix}.rest"]
             y[..., : self.rest] += memory.index_select(0, slots).transpose(1, 2)
             memory.index_copy_(0, target, y[..., length : length + self.rest].transpose(1, 2))
         return self._add_bias(y[..., :length])
+
+    def _step_kernels(
+        self, x: Tensor, memory: Tensor, slots: Tensor, target: Tensor, branch: Tensor | None, elu: bool
+    ) -> Tensor:
+        from .triton_conv import overlap, windows
+
+        x = x.transpose(1, 2)
+        if branch is not None or elu:
+            x = windows(x, _innermost(branch), elu, None, slots, target, None)
+        return overlap(self._parts(x), self.bias, memory, slots, target).transpose(1, 2)
+
+    @property
+    def _depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels
+
+    def _parts(self, x: Tensor) -> Tensor:
+        """What each input adds to: ``[B, T, C] -> [B, T, kernel * C']``, filled up to whole strides."""
+        if self.packed is None:
+            return (x[:, :, None] * self.weight[:, 0].t()).flatten(2)
+        if _is_large(x.shape[0] * x.shape[1], self.packed):
+            return _convolved(x, self.packed, None)
+        return _linear(x, self.packed, None)
 
     def _add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias[:, None]
@@ -153,9 +239,38 @@ class CausalConvTranspose1d(Packable, nn.ConvTranspose1d):
         if self.packed is None or torch.is_grad_enabled():
             return F.conv_transpose1d(x, self.weight, None, self.stride, groups=self.groups)
         (stride,), steps = self.stride, x.shape[2]
-        parts = packed_linear(x.transpose(1, 2), self.packed, None)
+        parts = self._parts(x.transpose(1, 2))
         parts = parts.unflatten(2, (-1, stride * self.out_channels))  # [B, T, strides of the kernel, ...]
         y = F.pad(parts[:, :, 0], (0, 0, 0, parts.shape[2] - 1))
         for late in range(1, parts.shape[2]):
             y[:, late : late + steps] += parts[:, :, late]
         return y.reshape(len(y), -1, self.out_channels).transpose(1, 2)
+
+
+def _pack(matrix: Tensor) -> Tensor | None:
+    """What products take of ``[out, in]``: on a GPU a copy in this order."""
+    return matrix.contiguous() if matrix.is_cuda else pack_weight(matrix)
+
+
+def _innermost(x: Tensor | None) -> Tensor | None:
+    """``[B, C, T] -> [B, T, C]``."""
+    return None if x is None else x.transpose(1, 2)
+
+
+def _is_large(rows: int, matrix: Tensor) -> bool:
+    """Whether ``rows`` products with a matrix are better a convolution."""
+    return not matrix.is_mkldnn and min(matrix.shape) >= NARROW and 2 * rows * matrix.numel() >= LARGE
+
+
+def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return packed_linear(x, matrix, bias) if matrix.is_mkldnn else F.linear(x, matrix, bias)
+
+
+def _convolved(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, kernel: int = 1, stride: int = 1, dilation: int = 1
+) -> Tensor:
+    """Torch's convolution of ``[B, T, C]`` by ``[out, kernel * C]``, neither of which it has to reorder."""
+    weight = matrix.view(len(matrix), kernel, 1, -1).permute(0, 3, 1, 2)
+    image = x[:, :, None].permute(0, 3, 1, 2)  # channels last
+    y = F.conv2d(image, weight, bias, (stride, 1), 0, (dilation, 1))
+    return y.permute(0, 2, 3, 1).flatten(1, 2)

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from antiphon.models.layers import triton_conv as convolving
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
 from antiphon.models.layers import triton_ring as ring
@@ -23,8 +24,10 @@ NUMBERS = {
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
     "slot_stride": "i64",
+    "started": "*i1",
 }
 FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
+CONVOLVED = dict.fromkeys(("x", "branch", "memory", "out", "parts", "bias", "rest"), "*fp32") | {"total": "i32"}
 
 
 def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
@@ -35,6 +38,9 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
         signature["ring"] = f"*{kind}"
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
+    if kernel in (convolving._windows, convolving._overlap):
+        signature |= {name: type_ for name, type_ in CONVOLVED.items() if name in signature}
+        signature |= {name: "i32" for name in ("total",) if name in signature}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
@@ -68,6 +74,13 @@ found = {
     "join": spills(ring._join, "bf16", 2, WIDTH=128, PIECES=16),
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
+    **{
+        f"windows by {block}": spills(
+            convolving._windows, "", block // 256, BLOCK=block, EARLY=2, PAST=1, BRANCH=True, ELU=True, REPLICATE=True
+        )
+        for block in (convolving.BLOCK, convolving.FAR)
+    },
+    "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
