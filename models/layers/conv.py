@@ -24,8 +24,11 @@ from ..streaming import Specs, State, TensorSpec
 from .kernels import use_kernels
 from .packing import Packable, pack_weight, packed_linear
 
-LARGE = 500e6  # operations from which a GPU's tensor cores make up for what a convolution costs beside its products
-NARROW = 16  # numbers in a window, or outputs of it, with fewer of which they have nothing to do
+# Operations from which a GPU's tensor cores make up for what a convolution costs beside its products, and the least
+# numbers in a window and outputs of it: with fewer, memory is what a product waits for.
+LARGE = 500e6
+LEAST_INPUTS = 128
+LEAST_OUTPUTS = 16
 
 
 def joined(x: Tensor, branch: Tensor | None, elu: bool) -> Tensor:
@@ -97,7 +100,7 @@ class CausalConv1d(Packable, nn.Conv1d):
         self._check(x)
         memory, started = state.get(f"{prefix}.past"), state.get(f"{prefix}.started")
         if self.packed is not None and use_kernels(x):
-            return self._step_kernels(x, memory, started, slots, target, branch, elu)
+            return self._step_kernels(self.packed, x, memory, started, slots, target, branch, elu)
         x = joined(x, branch, elu)
         if memory is None:
             return self._convolve(x)
@@ -112,6 +115,7 @@ class CausalConv1d(Packable, nn.Conv1d):
 
     def _step_kernels(
         self,
+        matrix: Tensor,
         x: Tensor,
         memory: Tensor | None,
         started: Tensor | None,
@@ -120,11 +124,14 @@ class CausalConv1d(Packable, nn.Conv1d):
         branch: Tensor | None,
         elu: bool,
     ) -> Tensor:
-        from .triton_conv import windows
+        from .triton_conv import STEPS, WIDEST, single, windows
 
-        rows, _, steps = x.shape
         (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
-        large = _is_large(rows * steps // stride, self.packed)
+        thin = self.out_channels == 1 and self.in_channels <= WIDEST
+        if thin and stride == dilation == 1 and kernel <= STEPS and started is None:
+            x = single(x.transpose(1, 2), _innermost(branch), elu, memory, slots, target, matrix, self.bias)
+            return x.transpose(1, 2)
+        large = _is_large(x.shape[0] * x.shape[2] // stride, matrix)
         sizes = (1, 1, 1) if large else (kernel, stride, dilation)
         x = x.transpose(1, 2)
         if memory is not None or branch is not None or elu or sizes != (1, 1, 1):
@@ -132,8 +139,8 @@ class CausalConv1d(Packable, nn.Conv1d):
         if started is not None:
             started.index_fill_(0, target, True)
         if large:
-            return _convolved(x, self.packed, self.bias, kernel, stride, dilation).transpose(1, 2)
-        return _linear(x, self.packed, self.bias).transpose(1, 2)
+            return _convolved(x, matrix, self.bias, kernel, stride, dilation).transpose(1, 2)
+        return _linear(x, matrix, self.bias).transpose(1, 2)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[2] % self.stride[0]:
@@ -259,7 +266,9 @@ def _innermost(x: Tensor | None) -> Tensor | None:
 
 def _is_large(rows: int, matrix: Tensor) -> bool:
     """Whether ``rows`` products with a matrix are better a convolution."""
-    return not matrix.is_mkldnn and min(matrix.shape) >= NARROW and 2 * rows * matrix.numel() >= LARGE
+    if matrix.is_mkldnn or matrix.shape[0] < LEAST_OUTPUTS or matrix.shape[1] < LEAST_INPUTS:
+        return False
+    return 2 * rows * matrix.numel() >= LARGE
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # numbers that a program makes at a time
+STEPS = 32  # steps that a program makes where each has but one output
+WIDEST = 256  # inputs a step that it knows
 FAR = 4096  # the same where windows reach far into the past, which one program writes
 
 
@@ -112,6 +114,63 @@ def windows(
         stride * width, dilation, total, early,
         BLOCK=block, EARLY=triton.cdiv(early, block), PAST=triton.cdiv(past * width, block),
         BRANCH=branch is not None, ELU=elu, REPLICATE=started is not None, num_warps=block // 256,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _single(
+    x, branch, memory, slots, target, weight, bias, out, inputs, past, width, steps,
+    KERNEL: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr, PAST: tl.constexpr,
+    BRANCH: tl.constexpr, ELU: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    step, lane = block * STEPS + tl.arange(0, STEPS), tl.arange(0, WIDTH)
+    inside = lane < width
+    real = (step < steps)[:, None] & inside[None, :]
+    slot = tl.load(slots + row)
+    total = tl.zeros((STEPS,), tl.float32)
+    for tap in range(KERNEL):
+        value = _at(
+            (step + tap)[:, None] * width + lane[None, :], real, x, branch, memory, slot, row, inputs, past, width, 1,
+            BRANCH=BRANCH, ELU=ELU, REPLICATE=False,
+        )  # fmt: skip
+        factor = tl.load(weight + tap * width + lane, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(value.to(tl.float32) * factor[None, :], 1)
+    if BIAS:
+        total += tl.load(bias).to(tl.float32)
+    tl.store(out + row * steps + step, total.to(out.dtype.element_ty), mask=step < steps)
+    if PAST > 0:  # noqa: SIM102 - one is known when this is compiled, the other is not
+        if block == 0:  # which alone reaches into the past
+            kept = tl.load(target + row)
+            tl.debug_barrier()
+            index = tl.arange(0, PAST)
+            value = _at(
+                inputs + index, index < past, x, branch, memory, slot, row, inputs, past, width, 1,
+                BRANCH=BRANCH, ELU=ELU, REPLICATE=False,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(memory + kept * past + index, value, mask=index < past)
+
+
+def single(
+    x: Tensor, branch: Tensor | None, elu: bool, memory: Tensor | None, slots: Tensor, target: Tensor,
+    weight: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A convolution to one output: arguments as for :func:`windows`, weight ``[1, kernel * C]`` -> ``[B, T, 1]``.
+
+    The kernel is no longer than ``STEPS``, nor is C more than ``WIDEST``.
+    """
+    x = x.contiguous()
+    rows, steps, width = x.shape
+    past = 0 if memory is None else memory.shape[1]
+    out = x.new_empty(rows, steps, 1)
+    _single[(rows, triton.cdiv(steps, STEPS))](
+        x, x if branch is None else branch.contiguous(), x if memory is None else memory, slots, target,
+        weight, weight if bias is None else bias, out, steps * width, past * width, width, steps,
+        KERNEL=past + 1, WIDTH=triton.next_power_of_2(width), STEPS=STEPS,
+        PAST=triton.next_power_of_2(past * width) if past else 0,
+        BRANCH=branch is not None, ELU=elu, BIAS=bias is not None, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -27,7 +27,7 @@ NUMBERS = {
     "started": "*i1",
 }
 FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
-CONVOLVED = dict.fromkeys(("x", "branch", "memory", "out", "parts", "bias", "rest"), "*fp32") | {"total": "i32"}
+CONVOLVED = ("x", "branch", "memory", "out", "parts", "bias", "rest", "weight")
 
 
 def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
@@ -38,8 +38,9 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
         signature["ring"] = f"*{kind}"
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
-    if kernel in (convolving._windows, convolving._overlap):
-        signature |= {name: type_ for name, type_ in CONVOLVED.items() if name in signature}
+    if kernel in (convolving._windows, convolving._single, convolving._overlap):
+        signature |= {name: "*fp32" for name in CONVOLVED if name in signature}
+        signature |= {name: "i32" for name in ("total",) if name in signature}
         signature |= {name: "i32" for name in ("total",) if name in signature}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
@@ -57,6 +58,7 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
 MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
 MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
 QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
+CONVOLVING = {"BRANCH": True, "ELU": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
@@ -76,10 +78,13 @@ found = {
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     **{
         f"windows by {block}": spills(
-            convolving._windows, "", block // 256, BLOCK=block, EARLY=2, PAST=1, BRANCH=True, ELU=True, REPLICATE=True
+            convolving._windows, "", block // 256, BLOCK=block, EARLY=2, PAST=1, **CONVOLVING, REPLICATE=True
         )
         for block in (convolving.BLOCK, convolving.FAR)
     },
+    "one output": spills(
+        convolving._single, "", 4, KERNEL=3, WIDTH=64, STEPS=convolving.STEPS, PAST=128, **CONVOLVING, BIAS=True
+    ),
     "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{

@@ -15,7 +15,8 @@ KINDS = {  # channels, out, kernel, stride, dilation, groups, bias, pad
     "plain": (CausalConv1d, (6, 10, 3)),
     "pointwise": (CausalConv1d, (6, 10, 1)),
     "first of a codec": (CausalConv1d, (1, 16, 7)),
-    "last of a codec": (CausalConv1d, (16, 1, 3)),
+    "last of a codec": (CausalConv1d, (20, 1, 3)),
+    "to one output": (CausalConv1d, (6, 1, 1)),
     "twice its stride": (CausalConv1d, (6, 10, 8, 4)),
     "far into the past": (CausalConv1d, (400, 4, 8)),
     "without overlap": (CausalConv1d, (6, 10, 4, 4)),
@@ -47,7 +48,8 @@ def as_on_a_gpu(monkeypatch, large):
     monkeypatch.setattr(conv, "use_kernels", lambda x: True)
     monkeypatch.setattr(conv, "_pack", torch.Tensor.contiguous)
     monkeypatch.setattr(conv, "LARGE", 0 if large else 1e30)
-    monkeypatch.setattr(conv, "NARROW", 1)
+    monkeypatch.setattr(conv, "LEAST_INPUTS", 1)
+    monkeypatch.setattr(conv, "LEAST_OUTPUTS", 1)
 
 
 @torch.no_grad()
