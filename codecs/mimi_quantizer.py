@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.layers.kernels import use_kernels
 from ..models.layers.linear import Linear
 from ..models.layers.packing import Packable, pack_weight, packed_linear
 
@@ -36,8 +37,8 @@ class Codebooks(Packable):
         for entries, offset, weight in zip(self.embedding[:count], offsets, packed, strict=False):
             # The nearest entry e has the largest x.e - |e|^2 / 2.
             scores = torch.addmm(offset, x, entries.t()) if weight is None else packed_linear(x, weight, offset)
-            codes.append(scores.argmax(1))
-            x = x - F.embedding(codes[-1], entries)
+            code, x = _nearest(scores, entries, x)
+            codes.append(code)
         return torch.stack(codes)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -52,6 +53,16 @@ class Codebooks(Packable):
 
     def _offsets(self) -> Tensor:
         return self.embedding.square().sum(2) * -0.5
+
+
+def _nearest(scores: Tensor, entries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entry scores most, ``[N]`` int64, and ``x`` less that entry."""
+    if use_kernels(x):
+        from ..models.layers.triton_nearest import nearest
+
+        return nearest(scores, entries, x)
+    code = scores.argmax(1)
+    return code, x - F.embedding(code, entries)
 
 
 class ResidualQuantizer(nn.Module):

@@ -15,13 +15,15 @@ from triton.compiler import ASTSource
 from antiphon.models.layers import triton_conv as convolving
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
+from antiphon.models.layers import triton_nearest as searching
 from antiphon.models.layers import triton_ring as ring
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token"), "*i64"),
+    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "codes"), "*i64"),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
+    **dict.fromkeys(("scores", "book", "left"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
     "slot_stride": "i64",
     "started": "*i1",
@@ -36,6 +38,8 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
     signature |= {name: "*bf16" for name in FLOATS if name in signature}
     if "ring" in signature:
         signature["ring"] = f"*{kind}"
+    if kernel is searching._nearest:
+        signature["x"] = "*fp32"
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
     if kernel in (convolving._windows, convolving._single, convolving._overlap):
@@ -86,6 +90,7 @@ found = {
         convolving._single, "", 4, KERNEL=3, WIDTH=64, STEPS=convolving.STEPS, PAST=128, **CONVOLVING, BIAS=True
     ),
     "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
+    "nearest": spills(searching._nearest, "", 4, BINS=2048, WIDTH=256),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)

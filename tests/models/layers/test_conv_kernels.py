@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 
+from antiphon.codecs import mimi_quantizer
 from antiphon.codecs.mimi import Mimi, MimiConfig, MimiDecoder, MimiEncoder
 from antiphon.models.layers import conv
 from antiphon.models.layers.conv import CausalConv1d, CausalConvTranspose1d
@@ -132,6 +133,7 @@ def test_a_codec_in_steps_equals_the_whole_signal(monkeypatch, device, large, fr
     assert all(len(book.unique()) > 3 for book in codes.movedim(1, 0))
     assert sound.std() > 1e-2
     as_on_a_gpu(monkeypatch, large)
+    monkeypatch.setattr(mimi_quantizer, "use_kernels", lambda x: True)
     slots, active = torch.tensor([2, 0], device=device), torch.ones(2, dtype=torch.bool, device=device)
     made = []
     for model, name, given, size in (
@@ -144,3 +146,20 @@ def test_a_codec_in_steps_equals_the_whole_signal(monkeypatch, device, large, fr
         made.append(torch.cat([next(iter(step.values())) for step in steps], -1))
     assert torch.equal(made[0], codes)
     assert (made[1] - sound).abs().max() < 1e-5 * sound.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", HERE)
+def test_the_nearest_entry_and_what_it_leaves(device):
+    """With ties, and in any number of entries of any width."""
+    from antiphon.models.layers.triton_nearest import nearest
+
+    torch.manual_seed(8)
+    for rows, bins, width in ((5, 64, 8), (3, 50, 12), (1, 2048, 256)):
+        scores, x = (torch.randn(rows, size).mul(2).round().clamp(max=2).to(device) for size in (bins, width))
+        entries = torch.randn(bins, width).to(device)
+        codes, left = nearest(scores, entries, x)
+        best = scores == scores.amax(1, keepdim=True)
+        assert best.sum() > rows
+        assert torch.equal(codes, best.int().argmax(1))
+        assert torch.equal(left, x - entries[codes])
