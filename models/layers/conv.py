@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..streaming import Specs, State, TensorSpec
 from .kernels import use_kernels
+from .linear import plain_linear
 from .packing import Packable, pack_weight, packed_linear
 
 # Operations from which a GPU's tensor cores make up for what a convolution costs beside its products, and the least
@@ -272,7 +273,7 @@ def _is_large(rows: int, matrix: Tensor) -> bool:
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return packed_linear(x, matrix, bias) if matrix.is_mkldnn else F.linear(x, matrix, bias)
+    return packed_linear(x, matrix, bias) if matrix.is_mkldnn else plain_linear(x, matrix, bias)
 
 
 def _convolved(

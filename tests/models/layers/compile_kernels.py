@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from antiphon.models.layers import triton_conv as convolving
 from antiphon.models.layers import triton_draw as drawing
+from antiphon.models.layers import triton_few as multiplying
 from antiphon.models.layers import triton_fused as fused
 from antiphon.models.layers import triton_nearest as searching
 from antiphon.models.layers import triton_ring as ring
@@ -38,6 +39,8 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
     signature |= {name: "*bf16" for name in FLOATS if name in signature}
     if "ring" in signature:
         signature["ring"] = f"*{kind}"
+    if kernel is multiplying._few:
+        signature |= dict.fromkeys(("x", "weight", "bias", "out"), "*fp32")
     if kernel is searching._nearest:
         signature["x"] = "*fp32"
     if kernel is fused._add_norm:
@@ -90,6 +93,12 @@ found = {
         convolving._single, "", 4, KERNEL=3, WIDTH=64, STEPS=convolving.STEPS, PAST=128, **CONVOLVING, BIAS=True
     ),
     "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
+    **{
+        f"{rows} rows": spills(
+            multiplying._few, "", 4, ROWS=rows, OUTPUTS=multiplying.OUTPUTS, PART=multiplying.PART, PARTS=4, BIAS=True
+        )
+        for rows in (1, 2, 4)
+    },
     "nearest": spills(searching._nearest, "", 4, BINS=2048, WIDTH=256),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{

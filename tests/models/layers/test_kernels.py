@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from antiphon.models.layers import transformer
+from antiphon.models.layers import linear, transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
 from antiphon.models.moshi import sampling
 
@@ -143,6 +143,25 @@ def test_one_query_in_half_the_bits(device, window, sinks):
 
 
 @pytest.mark.parametrize("device", HERE)
+def test_a_few_rows_of_float32_are_multiplied_by_a_kernel(monkeypatch, device):
+    from antiphon.models.layers import triton_few
+
+    monkeypatch.setattr(linear, "use_kernels", lambda x: True)
+    served = []
+    monkeypatch.setattr(triton_few, "few", lambda *given, made=triton_few.few: served.append(1) or made(*given))
+    for shape, outputs, bias in (((1, 1, 600), 10, True), ((1, 2, 512), 33, False), ((3, 1, 40), 7, True)):
+        layer = linear.Linear(shape[-1], outputs, bias=bias).to(device)
+        x = torch.randn(shape).to(device)
+        assert (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-5
+    assert len(served) == 3
+    for many in (torch.randn(5, 40), torch.randn(2, 40).double()):
+        layer = linear.Linear(40, 3).to(device, many.dtype)
+        assert layer(many.to(device)).shape == (len(many), 3)
+    linear.Linear(triton_few.LONGEST + 1, 1).to(device)(torch.randn(1, triton_few.LONGEST + 1).to(device))
+    assert len(served) == 3
+
+
+@pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize("width", [1, 600, 2048])
 def test_the_same_tokens_are_drawn(monkeypatch, width, device):
     """Of random numbers, of equal ones and of infinite ones, hot and cold, whatever the rank of the last candidate."""
@@ -187,7 +206,7 @@ def test_they_compile_for_a_gpu_that_is_not_there():
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = dict(line.rsplit(": ", 1) for line in ran.stdout.splitlines())
-    assert len(found) == 18
+    assert len(found) == 21
     assert set(found.values()) == {"0"}
 
 
