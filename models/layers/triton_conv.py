@@ -37,10 +37,12 @@ def _at(
 @triton.jit
 def _some_windows(
     index, real, x, branch, memory, slot, out, row, inputs, past, width, span, hop, dilation, total, begun,
-    BRANCH: tl.constexpr, ELU: tl.constexpr, REPLICATE: tl.constexpr,
+    DILATED: tl.constexpr, BRANCH: tl.constexpr, ELU: tl.constexpr, REPLICATE: tl.constexpr,
 ):  # fmt: skip
     column = index % span
-    place = (index // span) * hop + (column // width) * (dilation * width) + column % width
+    place = (index // span) * hop + column
+    if DILATED:
+        place += (column // width) * (dilation - 1) * width
     value = _at(
         place, real, x, branch, memory, slot, row, inputs, past, width, begun,
         BRANCH=BRANCH, ELU=ELU, REPLICATE=REPLICATE,
@@ -51,7 +53,7 @@ def _some_windows(
 @triton.jit
 def _windows(
     x, branch, memory, slots, target, started, out, inputs, past, width, span, hop, dilation, total, early,
-    BLOCK: tl.constexpr, EARLY: tl.constexpr, PAST: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr, PAST: tl.constexpr, DILATED: tl.constexpr,
     BRANCH: tl.constexpr, ELU: tl.constexpr, REPLICATE: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -67,7 +69,7 @@ def _windows(
         index = early + (block - 1) * BLOCK + lane
         _some_windows(
             index, index < total, x, branch, memory, slot, out, row, inputs, past, width, span, hop, dilation,
-            total, begun, BRANCH=BRANCH, ELU=ELU, REPLICATE=REPLICATE,
+            total, begun, DILATED=DILATED, BRANCH=BRANCH, ELU=ELU, REPLICATE=REPLICATE,
         )  # fmt: skip
     else:
         # These alone reach into the past; the program that makes them writes it once they are made.
@@ -75,7 +77,7 @@ def _windows(
             index = piece * BLOCK + lane
             _some_windows(
                 index, index < early, x, branch, memory, slot, out, row, inputs, past, width, span, hop, dilation,
-                total, begun, BRANCH=BRANCH, ELU=ELU, REPLICATE=REPLICATE,
+                total, begun, DILATED=DILATED, BRANCH=BRANCH, ELU=ELU, REPLICATE=REPLICATE,
             )  # fmt: skip
         kept = tl.load(target + row)
         tl.debug_barrier()
@@ -113,6 +115,7 @@ def windows(
         slots if started is None else started, out, steps * width, past * width, width, kernel * width,
         stride * width, dilation, total, early,
         BLOCK=block, EARLY=triton.cdiv(early, block), PAST=triton.cdiv(past * width, block),
+        DILATED=dilation > 1,
         BRANCH=branch is not None, ELU=elu, REPLICATE=started is not None, num_warps=block // 256,
     )  # fmt: skip
     return out

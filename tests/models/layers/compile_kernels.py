@@ -47,8 +47,10 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
         signature["scale"] = "*bf16"
     if kernel in (convolving._windows, convolving._single, convolving._overlap):
         signature |= {name: "*fp32" for name in CONVOLVED if name in signature}
-        signature |= {name: "i32" for name in ("total",) if name in signature}
-        signature |= {name: "i32" for name in ("total",) if name in signature}
+        if "total" in signature:
+            signature["total"] = "i32"
+        if "total" in signature:
+            signature["total"] = "i32"
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
@@ -66,6 +68,7 @@ MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False
 MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
 QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
 CONVOLVING = {"BRANCH": True, "ELU": True}
+WINDOWS = {"EARLY": 2, "PAST": 1, "DILATED": True, "REPLICATE": True, **CONVOLVING}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
@@ -84,9 +87,7 @@ found = {
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     **{
-        f"windows by {block}": spills(
-            convolving._windows, "", block // 256, BLOCK=block, EARLY=2, PAST=1, **CONVOLVING, REPLICATE=True
-        )
+        f"windows by {block}": spills(convolving._windows, "", block // 256, BLOCK=block, **WINDOWS)
         for block in (convolving.BLOCK, convolving.FAR)
     },
     "one output": spills(
@@ -94,10 +95,8 @@ found = {
     ),
     "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
     **{
-        f"{rows} rows": spills(
-            multiplying._few, "", 4, ROWS=rows, OUTPUTS=multiplying.OUTPUTS, PART=multiplying.PART, PARTS=4, BIAS=True
-        )
-        for rows in (1, 2, 4)
+        f"few rows of {inputs}": spills(multiplying._few, "", size.pop("num_warps"), **size, BIAS=True)
+        for inputs, size in ((inputs, multiplying.sizes(inputs)) for inputs in (512, multiplying.LONGEST))
     },
     "nearest": spills(searching._nearest, "", 4, BINS=2048, WIDTH=256),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),

@@ -19,7 +19,7 @@ KINDS = {  # channels, out, kernel, stride, dilation, groups, bias, pad
     "last of a codec": (CausalConv1d, (20, 1, 3)),
     "to one output": (CausalConv1d, (6, 1, 1)),
     "twice its stride": (CausalConv1d, (6, 10, 8, 4)),
-    "far into the past": (CausalConv1d, (400, 4, 8)),
+    "far into the past": (CausalConv1d, (340, 4, 8)),
     "without overlap": (CausalConv1d, (6, 10, 4, 4)),
     "dilated": (CausalConv1d, (6, 10, 3, 1, 9)),
     "dilated and strided": (CausalConv1d, (6, 10, 4, 3, 2)),
@@ -27,7 +27,7 @@ KINDS = {  # channels, out, kernel, stride, dilation, groups, bias, pad
     "replicating far": (CausalConv1d, (6, 6, 7, 1, 1, 1, True, "replicate")),
     "depthwise": (CausalConv1d, (6, 6, 5, 1, 1, 6)),
     "transposed": (CausalConvTranspose1d, (6, 10, 8, 4)),
-    "transposed, wide": (CausalConvTranspose1d, (6, 300, 10, 5)),
+    "transposed, wide": (CausalConvTranspose1d, (6, 120, 10, 5)),
     "transposed, more than twice its stride": (CausalConvTranspose1d, (6, 10, 11, 4)),
     "transposed, depthwise": (CausalConvTranspose1d, (6, 6, 4, 2, 6, False)),
 }
@@ -68,7 +68,7 @@ def test_steps_equal_the_plain_ones(monkeypatch, device, kind, branched, elu, la
     layer = cls(*settings).to(device)
     unit = layer.stride[0] if cls is CausalConv1d else 1
     calls = []
-    for call, size in enumerate((2, 1, 13, 1, 3)):
+    for call, size in enumerate((2, 1, 13, 3)):
         signals = [0.5 * torch.randn(4, layer.in_channels, size * unit).to(device) for _ in range(2)]
         calls.append((signals[0], signals[1] if branched else None, torch.arange(4, device=device) != call))
 
