@@ -26,7 +26,7 @@ class Packable(nn.Module):
     packed: Any = None
 
     def pack(self) -> None:
-        """Make, or remake after the weights changed, the packed copy; does nothing but on the CPU in float32."""
+        """Make, or remake after the weights changed, the packed copy; most have one on the CPU in float32 alone."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
