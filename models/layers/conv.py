@@ -8,7 +8,7 @@ many frames is the same as many steps of one.
 A packed layer is a matrix product over the windows: for the few frames of a step on the CPU up to fifteen times as fast
 as torch's convolution, which brings wide kernels into another order at every call. It makes its result with the
 channels innermost in memory: what follows gets a ``[B, C, T]`` view, and another packed layer takes it without a copy.
-On a GPU torch's convolution reorders its input and its output: there a kernel of :mod:`.triton_conv` writes the windows
+On a GPU torch's convolution reorders its input and its output: there a kernel of :mod:`.triton_windows` writes the windows
 and another adds the outputs up; a product of ``LARGE`` work is left to the convolution, which may use 19-bit floats.
 """
 
@@ -125,7 +125,7 @@ class CausalConv1d(Packable, nn.Conv1d):
         branch: Tensor | None,
         elu: bool,
     ) -> Tensor:
-        from .triton_conv import STEPS, WIDEST, single, windows
+        from .triton_windows import STEPS, WIDEST, single, windows
 
         (kernel,), (stride,), (dilation,) = self.kernel_size, self.stride, self.dilation
         thin = self.out_channels == 1 and self.in_channels <= WIDEST
@@ -220,7 +220,7 @@ class CausalConvTranspose1d(Packable, nn.ConvTranspose1d):
     def _step_kernels(
         self, x: Tensor, memory: Tensor, slots: Tensor, target: Tensor, branch: Tensor | None, elu: bool
     ) -> Tensor:
-        from .triton_conv import overlap, windows
+        from .triton_windows import overlap, windows
 
         x = x.transpose(1, 2)
         if branch is not None or elu:

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from antiphon.models.layers import triton_conv as convolving
+from antiphon.models.layers import triton_windows as convolving
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_few as multiplying
 from antiphon.models.layers import triton_fused as fused

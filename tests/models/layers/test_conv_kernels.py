@@ -97,7 +97,7 @@ def test_steps_equal_the_plain_ones(monkeypatch, device, kind, branched, elu, la
 @torch.no_grad()
 @pytest.mark.parametrize("device", HERE)
 def test_how_many_rows_there_are_changes_no_bit_of_windows_and_sums(device):
-    from antiphon.models.layers.triton_conv import overlap, windows
+    from antiphon.models.layers.triton_windows import overlap, windows
 
     torch.manual_seed(6)
     x, branch, memory = (torch.randn(5, 8, 12, device=device) for _ in range(3))
