@@ -24,6 +24,7 @@ from antiphon.pipelines.engine import (
     Lease,
     Stale,
     StepFailed,
+    default_buckets,
 )
 from antiphon.pipelines.engine.core import Core
 from antiphon.pipelines.engine.cuda import held
@@ -502,3 +503,11 @@ def test_what_a_model_holds_is_found_for_a_graph_to_keep() -> None:
     places = [tensor.data_ptr() for tensor in held(model)]
     expected = [*model.parameters(), model.conv.made[0], model.conv.made[1]["later"][0]]
     assert sorted(places) == sorted(tensor.data_ptr() for tensor in expected)
+
+
+def test_batch_sizes_go_up_to_what_the_slots_need() -> None:
+    assert default_buckets(1) == (1,)
+    assert default_buckets(5) == (1, 2, 4, 8)
+    assert default_buckets(3, 4) == (4,)
+    assert default_buckets(70, 4) == (4, 8, 16, 32, 64, 96)
+    assert default_buckets(1000, 4) == default_buckets(256, 4) == (4, 8, 16, 32, 64, 96, 128, 192, 256)
