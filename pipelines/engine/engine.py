@@ -240,8 +240,10 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:
-    """Powers of two from ``smallest`` to the first size that holds all slots, at most 256, and 96 and 192 between: there
-    padding costs most, and where a tick's rows come just beyond a size, a step for twice as many would outlast it.
+    """Powers of two from ``smallest``, and 96 and 192, to the first size that holds all slots, at most 256.
+
+    Padding costs most between large sizes: where a tick's rows come just beyond one, a step for twice as many would
+    outlast the tick.
     """
     sizes = sorted({smallest << power for power in range(LARGEST_BUCKET.bit_length())} | set(BETWEEN))
     enough = next(index for index, size in enumerate(sizes) if size >= min(slots, LARGEST_BUCKET))
