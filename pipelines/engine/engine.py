@@ -32,7 +32,7 @@ from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
 T = TypeVar("T")
 
 LARGEST_BUCKET = 256
-BETWEEN = (96, 192)  # batch sizes beside the powers of two
+BETWEEN = (48, 80, 96, 112, 160, 192, 224)  # batch sizes beside the powers of two
 
 
 class Engine:
@@ -240,11 +240,11 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:
-    """Powers of two from ``smallest``, and 96 and 192, to the first size that holds all slots, at most 256.
+    """Powers of two from ``smallest``, and sizes ``BETWEEN`` the large ones, to the first that holds all slots.
 
-    Padding costs most between large sizes: where a tick's rows come just beyond one, a step for twice as many would
-    outlast the tick.
+    At most 256. Where a tick's rows come just beyond a size, a step for twice as many would outlast the tick.
     """
-    sizes = sorted({smallest << power for power in range(LARGEST_BUCKET.bit_length())} | set(BETWEEN))
+    powers = {smallest << power for power in range(LARGEST_BUCKET.bit_length())}
+    sizes = sorted(powers | {size for size in BETWEEN if size > smallest})
     enough = next(index for index, size in enumerate(sizes) if size >= min(slots, LARGEST_BUCKET))
     return tuple(sizes[: enough + 1])
