@@ -36,5 +36,5 @@ def test_what_is_too_deep_is_refused_where_the_stack_is_short(count: int, open_:
 
 @pytest.mark.parametrize("text", ["", "{", "]" * 100, '"', '[["', b"\xff\xfe\xfd", "[" * 65 + '"\\'])
 def test_what_is_no_json_is_a_value_error(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         json_text.parse(text)
