@@ -24,7 +24,7 @@ from ..layers.norm import RMSNorm
 from ..layers.packing import pack
 from ..layers.transformer import Transformer
 from ..streaming import Specs, State, StreamingModel, TensorSpec
-from .config import FRAME_RATE, UNSET, MoshiConfig
+from .config import FRAME_RATE, HELD, UNSET, MoshiConfig
 from .delays import Delays
 from .depth import Depth, sinusoids
 from .sampling import HISTORY, draw, penalise, remember
@@ -142,9 +142,10 @@ class MoshiLM(StreamingModel):
         """One frame, or a log of several.
 
         One frame: ``codes [B, heard]``, the user's; ``force [B, 1 + spoken]``, text and codebook tokens to take instead
-        of drawing them (-2: draw, -1: none), as sampled at this step; and ``Sampling.inputs``. Returns ``text [B]`` and
-        ``codes [B, spoken]``, a frame without delays, that counts where ``valid [B]``; ``sampled [B, 1 + spoken]``, the
-        tokens of this step; ``heads [B, n, classes]``, probabilities, for models that have such heads.
+        of drawing them (-2: draw, -1: none; text -3: draw, with the end of padding for a word's token), as sampled at
+        this step; and ``Sampling.inputs``. Returns ``text [B]`` and ``codes [B, spoken]``, a frame without delays, that
+        counts where ``valid [B]``; ``sampled [B, 1 + spoken]``, the tokens of this step; ``heads [B, n, classes]``,
+        probabilities, for models that have such heads.
 
         A log: ``log [B, P, streams]``, tokens sampled and heard at each of the first ``count [B]`` steps. Returns
         ``seen [B]``, the positions that the session has lived through.
@@ -209,7 +210,9 @@ class MoshiLM(StreamingModel):
         logits[:, self.config.padding] += bonus
         noise = gumbel(seed, seen, 0, logits.shape[1])
         token = draw(logits, noise, temperature, inputs["top_k"][:, 0])
-        return _forced(inputs["force"][:, 0], token)
+        force = inputs["force"][:, 0]
+        held = torch.where(self._words(token), self.config.end_padding, token)
+        return torch.where(force == HELD, held, _forced(force, token))
 
     def _audio(self, heard: Tensor, text: Tensor, inputs: State, seed: Tensor, seen: Tensor) -> Tensor:
         """``[B, 1 + spoken]``: text and codebooks."""
