@@ -27,7 +27,7 @@ def loudness(samples: NDArray[np.float32], rate: int) -> float:
     if len(samples) < block:
         raise ValueError(f"{len(samples) / rate:.2f} s of sound: its loudness is that of blocks of {BLOCK:g} s")
     size = len(samples) + rate  # a second of room for the filters to ring out
-    response = _response(np.fft.rfftfreq(size, 1 / rate))
+    response = _response(np.fft.rfftfreq(size, 1 / rate).astype(np.float64))
     weighted = np.fft.irfft(np.fft.rfft(samples.astype(np.float64), size) * response, size)
     energy = np.concatenate(([0.0], np.cumsum(weighted[: len(samples)] ** 2)))
     starts = np.arange(0, len(samples) - block + 1, step)

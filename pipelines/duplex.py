@@ -265,6 +265,15 @@ async def restart(model: Duplex, lease: Lease, log: TokenLog) -> None:
         await lease.switch(1)
 
 
+def read_sync(model: Duplex, lease: Lease, log: TokenLog) -> None:
+    """Read a log into a fresh lease of ``model``, and block until it is read: for files, without an event loop."""
+    frames = max(model.variants)
+    lease.use(frames)
+    for block in log.blocks(frames):
+        lease.step_sync(block)
+    lease.use(1)
+
+
 class Utterance(NamedTuple):
     """What was said so far without a pause, and whether that is all of it.
 

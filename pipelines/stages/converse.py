@@ -105,8 +105,8 @@ class Converse(Stage):
                 elif chunk.name == "cancel":
                     ctx.interrupt()
                 elif chunk.name == "say":
-                    text = chunk.data.get("text")
-                    if ctx.stale or not isinstance(text, str) or not place.script.add(text):
+                    line = chunk.data.get("text")
+                    if ctx.stale or not isinstance(line, str) or not place.script.add(line):
                         ctx.count("says_refused")
                 continue
             if not isinstance(chunk, Audio):

@@ -18,7 +18,7 @@ from conversing import RATE, converse, engine, noise, persona, sounds
 from tiny_duplex import tiny_duplex
 from tiny_moshi import Live
 
-from antiphon.codecs.audio_file import AudioWriter
+from antiphon.codecs import audio_file
 from antiphon.codecs.loudness import loudness
 from antiphon.models.moshi.persona import SILENCE, TONE
 from antiphon.models.moshi.sampling import Sampling
@@ -144,9 +144,7 @@ def test_voices_there_are_not() -> None:
 
 
 def write(path: Path, seed: int = 0) -> Path:
-    writer = AudioWriter(path, RATE)
-    writer.write(clip(1.5, seed))
-    writer.close()
+    audio_file.write(path, clip(1.5, seed), RATE)
     return path
 
 
