@@ -168,7 +168,8 @@ def serve(
         float | None, typer.Option(min=3, help="Minutes after which a dialogue starts over from its last two.")
     ] = None,
     voice_prompts: Annotated[
-        Path | None, typer.Option(help="Folder of clips: the voices that calls of PersonaPlex may name.")
+        Path | None,
+        typer.Option(help="Folder of clips or .pt files: the voices that calls of PersonaPlex may name."),
     ] = None,
 ) -> None:
     """Serve live captions, or another graph, to browsers (WebRTC), telephones and programs."""
@@ -235,7 +236,8 @@ def talk(
     text_top_k: Annotated[int | None, typer.Option(min=0, help="Of what is said.")] = None,
     text_prompt: Annotated[str, typer.Option(help="Who the model is to be, for PersonaPlex.")] = "",
     voice_prompt: Annotated[
-        Path | None, typer.Option(metavar="CLIP", help="The voice it is to have, for PersonaPlex: a few seconds of it.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The voice it is to have, for PersonaPlex: a clip or a .pt."),
     ] = None,
     compute: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
 ) -> None:

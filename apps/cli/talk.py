@@ -86,15 +86,15 @@ def run(
 
 @dataclass(frozen=True)
 class _Persona:
-    """Who the model is to be. text: what it is told. clip: of the voice that it is to have."""
+    """Who the model is to be. text: what it is told. voice: file of the voice that it is to have."""
 
     text: str
-    clip: Path | None
+    voice: Path | None
 
     @property
     def options(self) -> dict[str, Any]:
         """Of ``Converse`` and of ``Duplex.prompt``; none where it is itself."""
-        given = {"prompt": self.text, "voice": "" if self.clip is None else self.clip.stem}
+        given = {"prompt": self.text, "voice": "" if self.voice is None else self.voice.stem}
         return given if any(given.values()) else {}
 
 
@@ -103,8 +103,8 @@ def _load(model: str | None, device: str, persona: _Persona, console: Console) -
         loaded = duplex.load(model, device=device)
     if loaded.decoder is None:
         raise CheckpointError(f"{model} only writes what it hears: use antiphon transcribe --model {model}")
-    if persona.clip is not None:
-        voice_prompts.add(loaded, persona.clip)
+    if persona.voice is not None:
+        voice_prompts.add(loaded, persona.voice)
     return loaded
 
 

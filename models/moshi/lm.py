@@ -124,7 +124,7 @@ class MoshiLM(StreamingModel):
         position = torch.arange(frames + 1, device=codes.device)
         source = position - 1 - delays[:, None]  # [streams, T + 1]: position p reads token p - 1 - delay
         shifted = torch.where(source >= 0, codes.gather(2, source.clamp(min=0).expand(len(codes), -1, -1)), start)
-        x = self._embed(shifted[..., :-1], position[None, :-1])
+        x = self.embed(shifted[..., :-1], position[None, :-1])
         heard = self.norm(self.temporal(x, self.temporal.whole(frames, x.device)))
         text = self.text_head(heard)
         if self.depth is None:
@@ -190,11 +190,11 @@ class MoshiLM(StreamingModel):
     ) -> Tensor:
         """``[B, streams, T]`` tokens as read -> ``[B, T, d]``."""
         position = seen[:, None] + torch.arange(tokens.shape[2], device=seen.device)
-        x = self.temporal.step("temporal", self._embed(tokens, position), state, slots, target, count)
+        x = self.temporal.step("temporal", self.embed(tokens, position), state, slots, target, count)
         heard: Tensor = self.norm(x)
         return heard
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """``[B, streams, T]`` -> ``[B, T, d]``: the sum over streams; negative tokens add nothing."""
         found = F.embedding(tokens.clamp(min=0) + self.offsets[:, None], self.embedding.weight)
         x = (found * (tokens >= 0)[..., None]).sum(1)

@@ -20,6 +20,7 @@ from tiny_moshi import Live
 
 from antiphon.codecs import audio_file
 from antiphon.codecs.loudness import loudness
+from antiphon.models.files import CheckpointError
 from antiphon.models.moshi.persona import SILENCE, TONE
 from antiphon.models.moshi.sampling import Sampling
 from antiphon.pipelines import voice_prompts
@@ -152,20 +153,18 @@ def test_voices_from_files(tmp_path: Path) -> None:
     model = persona()
     write(tmp_path / "hal.wav")
     write(tmp_path / "NATF2.flac", 1)
-    (tmp_path / "NATF2.pt").write_bytes(b"never read")
+    (tmp_path / "NATF2.pt").write_bytes(b"not read: there is a clip")
     (tmp_path / "LICENSE").write_text("")
     assert voice_prompts.add(model, tmp_path) == ["NATF2", "hal"]
     assert [codes.shape for codes in model.voices.values()] == [(8, 19), (8, 19)]
     assert voice_prompts.add(model, write(tmp_path / "one.wav", 2)) == ["one"]
-    (tmp_path / "VARM0.pt").write_bytes(b"never read")
-    with pytest.raises(ValueError, match=r"VARM0\.pt: holds embeddings.*VARM0\.wav"):
+    (tmp_path / "VARM0.pt").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"VARM0\.pt: holds more than weights, or is damaged"):
         voice_prompts.add(model, tmp_path)
-    with pytest.raises(ValueError, match="holds embeddings"):
-        voice_prompts.add(model, tmp_path / "VARM0.pt")
     write(tmp_path / "hal.flac")
     with pytest.raises(ValueError, match="several clips are called hal"):
         voice_prompts.add(model, tmp_path)
-    with pytest.raises(ValueError, match=r"LICENSE: no clip of a voice \(\.wav"):
+    with pytest.raises(ValueError, match=r"LICENSE: no voice; it takes a clip \(\.wav"):
         voice_prompts.add(model, tmp_path / "LICENSE")
     with pytest.raises(ValueError, match="no file or folder"):
         voice_prompts.add(model, tmp_path / "nowhere")
