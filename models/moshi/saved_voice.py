@@ -86,6 +86,6 @@ def _filled(sums: Tensor, read: Tensor, lm: MoshiLM) -> Tensor:
             made[1 + book] = torch.where(sought[book, :, 0], nearest, made[1 + book].to(nearest)).cpu()
         if torch.equal(made, before):
             break
-    if bool(((rest - parts.sum(0)).norm(dim=1) > TOLERANCE * sums.norm(dim=1)).any()):
+    if not bool(((rest - parts.sum(0)).norm(dim=1) <= TOLERANCE * sums.norm(dim=1)).all()):
         raise ValueError("its embeddings are not this model's: use the weights it was saved with, or a clip")
     return made

@@ -85,7 +85,7 @@ def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
     assert serve.Memory(sinks=1).graph(GRAPHS["captions"]) is GRAPHS["captions"]
     with pytest.raises(serve.CommandError, match="--restart-after goes with --graph converse"):
         memory.graph(GRAPHS["captions"])
-    with pytest.raises(ValueError, match="--kv-fp8 go with a dialogue model"):
+    with pytest.raises(ValueError, match="--kv-fp8 and --voice-prompts go with a dialogue model"):
         serve._engine(GRAPHS["captions"]({}), None, "cpu", None, None, 1, serve.Memory(fp8=True))
 
 

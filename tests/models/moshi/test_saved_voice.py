@@ -76,6 +76,7 @@ def test_what_is_no_voice_of_this_model(tmp_path: Path) -> None:
     bad: list[tuple[Any, str]] = [
         (saved(model(seed=1), VOICE), "not this model's"),
         (good | {"embeddings": torch.randn_like(good["embeddings"])}, "not this model's"),
+        (good | {"embeddings": good["embeddings"] * torch.nan}, "not this model's"),
         (good | {"cache": other["cache"]}, "do not belong together"),
         (good | {"cache": good["cache"][..., :3]}, r"a cache of \(1, 17, 3\)"),
         (good | {"embeddings": good["embeddings"][..., :-1]}, r"embeddings of \(11, 1, 1, 255\)"),
