@@ -3,9 +3,9 @@
 https://github.com/NVIDIA/personaplex, ``LMGen.load_voice_prompt_embeddings``: of a voice prompt of ``n`` frames,
 ``embeddings [n - 1, 1, 1, width]``, what its positions but the last read; and ``cache [1, streams, delay + 3]``, the
 tokens of the newest positions, by position modulo its length. A sum tells which codes it is of, since it has far more
-numbers than there are codebooks: they are sought one codebook after the other until none changes, and then have to give
-the sum again, and what the cache holds. So a voice is codes wherever it comes from; one that was saved with other
-weights is refused.
+numbers than there are codebooks: they are sought one codebook after the other until none changes, from other beginnings
+where that leads nowhere, and have to give the sum again and what the cache holds. So a voice is codes wherever it comes
+from; one that was saved with other weights is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import persona
 from .config import ZERO
 from .lm import MoshiLM
 
-SWEEPS = 50
+SWEEPS, ATTEMPTS = 50, 20
 TOLERANCE = 0.02  # of a sum's length; that of 17 numbers in bfloat16 is rounded by less than 0.005
 
 
@@ -73,19 +73,34 @@ def _filled(sums: Tensor, read: Tensor, lm: MoshiLM) -> Tensor:
     config = lm.config
     position = torch.arange(len(sums), device=sums.device)[None]
     rest = sums - lm.embed(read[None].to(sums.device), position)[0].float()
-    made = read.clone()
     tables = [lm.embedding.weight[start : start + config.card].float() for start in lm.offsets[1 : 1 + config.spoken]]
-    sought = (read[1 : 1 + config.spoken] == ZERO).to(sums.device)[..., None]
-    parts = torch.stack([table.mean(0) * where for table, where in zip(tables, sought, strict=True)])
+    sought = read[1 : 1 + config.spoken].to(sums.device) == ZERO
+    made = read.to(sums.device)
+    left = torch.arange(len(sums), device=sums.device)
+    random = torch.Generator().manual_seed(0)
+    for attempt in range(ATTEMPTS):  # from the tables' means, then for what is left from codes at random
+        where = sought[:, left, None]
+        drawn = torch.randint(config.card, (len(tables), len(left)), generator=random).to(left.device)
+        start = [table[one] if attempt else table.mean(0) for table, one in zip(tables, drawn, strict=True)]
+        parts = torch.stack([one * at for one, at in zip(start, where, strict=True)])
+        codes, parts = _descend(rest[left], tables, parts, where)
+        made[1 : 1 + config.spoken, left] = torch.where(where[..., 0], codes, made[1 : 1 + config.spoken, left])
+        off = (rest[left] - parts.sum(0)).norm(dim=1) / sums[left].norm(dim=1)
+        left = left[~(off <= TOLERANCE)]
+        if not len(left):
+            return made.cpu()
+    raise ValueError("its embeddings are not this model's: use the weights it was saved with, or a clip")
+
+
+def _descend(wanted: Tensor, tables: list[Tensor], parts: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``[books, positions]`` and their embeddings, no one of which could be changed alone for the better."""
+    codes = torch.full(parts.shape[:2], ZERO, device=parts.device)
     for _ in range(SWEEPS):
-        before = made.clone()
+        before = codes.clone()
         for book, table in enumerate(tables):
-            wanted = rest - parts.sum(0) + parts[book]
-            nearest = (wanted @ table.T - table.square().sum(1) / 2).argmax(1)
-            parts[book] = table[nearest] * sought[book]
-            made[1 + book] = torch.where(sought[book, :, 0], nearest, made[1 + book].to(nearest)).cpu()
-        if torch.equal(made, before):
+            alone = wanted - parts.sum(0) + parts[book]
+            codes[book] = (alone @ table.T - table.square().sum(1) / 2).argmax(1)  # the nearest
+            parts[book] = table[codes[book]] * where[book]
+        if torch.equal(codes, before):
             break
-    if not bool(((rest - parts.sum(0)).norm(dim=1) <= TOLERANCE * sums.norm(dim=1)).all()):
-        raise ValueError("its embeddings are not this model's: use the weights it was saved with, or a clip")
-    return made
+    return codes, parts
