@@ -12,25 +12,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from antiphon.models.layers import triton_conv as conv
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
+from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_ring as ring
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token"), "*i64"),
+    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "last"), "*i64"),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
     "slot_stride": "i64",
 }
-FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
+FLOATS = (
+    "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
+    "norm_weight", "norm_bias", "kept", "added", "tails",
+)  # fmt: skip
 
 
 def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
     """Loads and stores of registers that found no room. kind: dtype of the rings."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
-    signature |= {name: "*bf16" for name in FLOATS if name in signature}
+    signature |= {name: f"*{kind if kernel is linear._norm_linear else 'bf16'}" for name in FLOATS if name in signature}
     if "ring" in signature:
         signature["ring"] = f"*{kind}"
     if kernel is fused._add_norm:
@@ -58,6 +63,11 @@ def sized(kernel: Any, kind: str, setting: dict[str, int], **sizes: Any) -> int:
     return spills(kernel, kind, setting["num_warps"], setting["num_stages"], BLOCK=setting["BLOCK"], **sizes)
 
 
+def normed(width: int, bytes_: int) -> dict[str, int]:
+    setting = linear.sizes(width, bytes_)
+    return setting | {"warps": setting.pop("num_warps")}
+
+
 found = {
     **{f"{kind} store": spills(ring._store, kind, 2, QUERIES=32, KEYS=32, **STORE) for kind in ("bf16", "fp8e4nv")},
     "bf16 attend one": sized(ring._attend_some, "bf16", ring.SOME_HALF, **MOSHI, QUERIES=16),
@@ -69,6 +79,14 @@ found = {
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
+    **{
+        f"{kind} norm and product of {width}": spills(
+            linear._norm_linear, kind, **normed(width, bytes_), ADD=True, BIAS=True, GELU=True
+        )
+        for kind, bytes_ in (("bf16", 2), ("fp32", 4))
+        for width in (256, 512)
+    },
+    "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
         for size in map(drawing.sizes, (2048, drawing.WIDEST))
