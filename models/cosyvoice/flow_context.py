@@ -216,8 +216,9 @@ class Cached:
         fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
         begun = voices[shape.tails][:, index].index_select(0, call.voice)
         self._tails = torch.where(fresh, begun, self._all_tails.index_select(0, call.slots)).flatten(0, 1)
-        self._last = (end - first + torch.arange(shape.keep, device=device)).repeat_interleave(shape.branches, 0)
+        self._made = (end - first).repeat_interleave(shape.branches, 0)
         self._windows: list[tuple[int, Tensor]] = []  # by the first of their columns
+        self._later: Tensor | None = None  # tails that kernels made
 
     def _own(self, keys: Tensor, shared: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
         """``[B, n, m]`` bool: which of the session's own positions ``keys [B, 1, m]`` the queries may attend."""
@@ -232,9 +233,13 @@ class Cached:
         return allowed
 
     def remember(self, layer: int, keys_values: Tensor) -> Tensor:
-        self._new[layer].copy_(keys_values.unflatten(0, (-1, self._shape.branches)))
-        held: Tensor = self._held[layer].flatten(0, 1)
+        new, held = self.room(layer)
+        new.copy_(keys_values)
         return held
+
+    def room(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where a kernel puts keys and values ``[B, n, 2, H, dk]``, and what it makes complete ``[B, m, 2, H, dk]``."""
+        return self._new[layer].flatten(0, 1), self._held[layer].flatten(0, 1)
 
     def history(self, columns: slice, x: Tensor, frames: int) -> Tensor:
         keep = self._shape.keep
@@ -242,12 +247,23 @@ class Cached:
         self._windows.append((columns.start, window if frames == keep else F.pad(window, (0, 0, keep - frames, 0))))
         return window
 
+    def edges(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """What a kernel needs in place of ``history``, and of a convolution that looks back ``keep`` positions: those
+        positions ``[B, keep, d]``, from which position of both on they are kept ``[B]``, and where ``[B, keep, d]``.
+        """
+        if self._later is None:
+            self._later = torch.empty_like(self._tails)
+        return self._tails[..., columns], self._made[:, 0], self._later[..., columns]
+
     def commit(self) -> None:
         """Keep what the next call needs."""
         new = self._new.to(self._ring.dtype).movedim(0, 3)
         _words(self._ring)[self._write] = _words(new)
-        windows = torch.cat([window for _, window in sorted(self._windows, key=lambda pair: pair[0])], 2)
-        tails = windows.gather(1, self._last[..., None].expand(-1, -1, windows.shape[2]))
+        tails = self._later
+        if tails is None:
+            windows = torch.cat([window for _, window in sorted(self._windows, key=lambda pair: pair[0])], 2)
+            last = self._made + torch.arange(self._shape.keep, device=windows.device)
+            tails = windows.gather(1, last[..., None].expand(-1, -1, windows.shape[2]))
         self._all_tails.index_copy_(0, self._call.target, tails.unflatten(0, (-1, self._shape.branches)))
 
 

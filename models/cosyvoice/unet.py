@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..layers.kernels import use_kernels
 from ..layers.linear import Linear
 from .flow_config import RATE, FlowConfig
-from .flow_context import CacheShape, Context
+from .flow_context import Cached, CacheShape, Context
 from .flow_layers import CausalConv, number
 
 KERNEL = 3
@@ -128,6 +129,10 @@ class Estimator(nn.Module):
     def forward(self, x: Tensor, shifts: Tensor, context: Context) -> Tensor:
         """x ``[B, n, 4 mels]``: sample, encoder output, speaker and prompt frames; shifts as ``shifts`` has them for B
         or one time. Returns ``[B, n, mels]``."""
+        if use_kernels(x) and isinstance(context, Cached):
+            from .unet_fused import velocity as fused
+
+            return fused(self, x, shifts, context)
         each = self.config.stage_blocks
         skip = x
         for index, stage in enumerate(self.stages):
