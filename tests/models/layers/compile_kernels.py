@@ -17,27 +17,27 @@ from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
 from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_ring as ring
+from antiphon.models.layers import triton_segments as segments
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "last"), "*i64"),
+    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared"), "*i64"),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
     "slot_stride": "i64",
 }
 FLOATS = (
     "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
-    "norm_weight", "norm_bias", "kept", "added", "tails",
+    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh",
 )  # fmt: skip
 
 
-def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
-    """Loads and stores of registers that found no room. kind: dtype of the rings."""
+def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "bf16", **sizes: Any) -> int:
+    """Loads and stores of registers that found no room. kind: dtype of the rings; floats: of all else."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
-    signature |= {name: f"*{kind if kernel is linear._norm_linear else 'bf16'}" for name in FLOATS if name in signature}
-    if "ring" in signature:
-        signature["ring"] = f"*{kind}"
+    signature |= {name: f"*{floats}" for name in FLOATS if name in signature}
+    signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
@@ -56,6 +56,7 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
 MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
 MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
 QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
+FLOW = {"HEADS": 8, "WIDTH": 64, "BRANCHES": 2, "ROLLING": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
@@ -80,11 +81,18 @@ found = {
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{
-        f"{kind} norm and product of {width}": spills(
-            linear._norm_linear, kind, **normed(width, bytes_), ADD=True, BIAS=True, GELU=True
+        f"{floats} norm and product of {width}": spills(
+            linear._norm_linear, "", **normed(width, bytes_), floats=floats, ADD=True, BIAS=True, GELU=True
         )
-        for kind, bytes_ in (("bf16", 2), ("fp32", 4))
+        for floats, bytes_ in (("bf16", 2), ("fp32", 4))
         for width in (256, 512)
+    },
+    **{
+        f"{floats} attend {kind} segments by {queries}": sized(
+            segments._attend, kind, segments.SETTINGS[bytes_], **FLOW, floats=floats, QUERIES=queries
+        )
+        for floats, kind, bytes_ in (("bf16", "bf16", 2), ("bf16", "fp8e4nv", 2), ("fp32", "fp32", 4))
+        for queries in {16, segments.MOST[bytes_]}
     },
     "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{

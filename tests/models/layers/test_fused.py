@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 INTERPRETED = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
     reason="Triton's interpreter needs the package triton and a process without a GPU",
@@ -110,3 +111,46 @@ def test_mish_far_from_zero(device: str, dtype: torch.dtype) -> None:
     plain = F.mish(F.layer_norm(x, (33,), *norm, EPS))
     assert plain.max() > 100
     assert close(mish(x, norm, EPS, None), plain)
+
+
+@pytest.mark.parametrize(("device", "dtype"), HERE)
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("most", [0, 999], ids=["64 a program", "16 a program"])
+def test_attention_over_segments(
+    monkeypatch: pytest.MonkeyPatch, most: int, rolling: bool, device: str, dtype: torch.dtype
+) -> None:
+    """Rings not begun, part full and gone round; prompts of other lengths; padding. Chunks of 16 positions."""
+    from antiphon.models.layers import triton_segments
+
+    monkeypatch.setattr(triton_segments, "PROGRAMS", most)
+    rate, chunk, steps, size, heads, width = 2, 16, 36, 96, 2, 16
+    query = torch.randn(6, steps, 2 * heads * width, device=device, dtype=dtype)[..., : heads * width]
+    fresh = torch.randn(6, steps, 2, heads, width, device=device, dtype=dtype)
+    ring = torch.randn(4, 2, 3, size, 2, heads, width, device=device, dtype=dtype)[:, :, 1:]
+    ring = ring[:, 1]
+    prompt = torch.randn(2, 2, 70, 2, heads, width, device=device, dtype=dtype)
+    slots, voice, shared, seen, count = (
+        torch.tensor(numbers, device=device)
+        for numbers in ([3, 0, 1], [1, 0, 1], [35, 0, 8], [70 if rolling else 20, 0, 48], [18, 11, 0])
+    )
+    heard = triton_segments.attend(
+        query, fresh, ring, prompt, slots, voice, shared, seen, count, rate=rate, chunk=chunk, rolling=rolling
+    )
+    assert heard.isfinite().all()
+    for row in range(4):  # the last session makes nothing
+        session, branch = divmod(row, 2)
+        told, before, made = (int(numbers[session]) * rate for numbers in (shared, seen, count))
+        first, end = told + before, told + before + made
+        kept = range(max(0, before - size), before)
+        lines = [prompt[voice[session], branch, :told], ring[slots[session], branch][[at % size for at in kept]]]
+        keys, values = torch.cat([*lines, fresh[row, :made]]).double().unbind(1)
+        position = torch.tensor([*range(told), *(told + at for at in kept), *range(first, end)], device=device)
+        for step in range(made):
+            segment = (first + step) // chunk * chunk
+            near = position < min(segment + chunk, end)
+            if rolling:
+                near &= (position < told) | (position >= max(segment, first) - size)
+            asked = query[row, step].unflatten(0, (heads, width)).double()
+            weight = (torch.einsum("hd,mhd->hm", asked, keys[near]) * width**-0.5).softmax(1)
+            expected = torch.einsum("hm,mhd->hd", weight, values[near]).flatten()
+            assert (heard[row, step].double() - expected).abs().max() < {torch.float32: 1e-6}.get(dtype, 2e-2)
