@@ -11,14 +11,16 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..layers.kernels import use_kernels
 from ..layers.packing import pack
 from ..streaming import Specs, State, StreamingModel, TensorSpec
 from .flow import Condition, FlowMatching
 from .flow_config import RATE, TOKEN_SECONDS, FlowLimits
-from .flow_context import Cached, CacheShape, Call
+from .flow_context import Cached, CacheShape, Call, InPlace
 from .flow_voices import FlowVoice, Voices, check_prompt
 
 NO_TOKEN = -1
+HEADS = (16, 32, 64, 128, 256)  # widths that kernels know
 
 
 class StreamingFlow(StreamingModel):
@@ -199,7 +201,8 @@ class StreamingFlow(StreamingModel):
         mu, x = (state[name][:, :frames].index_select(0, call.slots) for name in ("flow.mu", "flow.sample"))
         prompt = self.voices.prompt(call.voice, call.frames())
         condition = Condition(mu, self.voices.speaker[call.voice], prompt)
-        context = Cached(self._shapes[2], call, state, self.voices.caches, index)
+        in_place = use_kernels(self.shifts) and self.config.unet_head_width in HEADS
+        context = (InPlace if in_place else Cached)(self._shapes[2], call, state, self.voices.caches, index)
         velocity = self.flow.guided(x, condition, self.shifts[index : index + 1], context)
         context.commit()
         x = x + (self.flow.times[index + 1] - self.flow.times[index]) * velocity

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.kernels import use_kernels
 from ..layers.linear import Linear
 from .flow_config import RATE, FlowConfig
-from .flow_context import Cached, CacheShape, Context
+from .flow_context import CacheShape, Context, InPlace
 from .flow_layers import CausalConv, number
 
 KERNEL = 3
@@ -126,10 +125,10 @@ class Estimator(nn.Module):
         x = F.mish(self.time2(F.silu(self.time1(x))))
         return torch.stack([cast(Stage, stage).residual.time(x) for stage in self.stages], 1)
 
-    def forward(self, x: Tensor, shifts: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, shifts: Tensor, context: Context | InPlace) -> Tensor:
         """x ``[B, n, 4 mels]``: sample, encoder output, speaker and prompt frames; shifts as ``shifts`` has them for B
         or one time. Returns ``[B, n, mels]``."""
-        if use_kernels(x) and isinstance(context, Cached):
+        if isinstance(context, InPlace):
             from .unet_fused import velocity as fused
 
             return fused(self, x, shifts, context)

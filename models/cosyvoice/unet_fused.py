@@ -16,13 +16,13 @@ from ..layers.linear import Linear
 from ..layers.triton_conv import mish, mish_windows, windows
 from ..layers.triton_fused import add_norm
 from ..layers.triton_linear import FEW, WIDEST, norm_linear
-from .flow_context import Cached
+from .flow_context import InPlace
 
 if TYPE_CHECKING:
     from .unet import Estimator, Residual, Stage, TransformerBlock
 
 
-def velocity(estimator: Estimator, x: Tensor, shifts: Tensor, context: Cached) -> Tensor:
+def velocity(estimator: Estimator, x: Tensor, shifts: Tensor, context: InPlace) -> Tensor:
     """As :meth:`.unet.Estimator.forward`."""
     stages = [cast("Stage", stage) for stage in estimator.stages]
     each = estimator.config.stage_blocks
@@ -49,7 +49,7 @@ def _sum(x: Tensor, branch: Tensor | None) -> Tensor:
     return x if branch is None else x + branch
 
 
-def _residual(residual: Residual, x: Tensor, branch: Tensor | None, shift: Tensor, context: Cached) -> Tensor:
+def _residual(residual: Residual, x: Tensor, branch: Tensor | None, shift: Tensor, context: InPlace) -> Tensor:
     """Of ``x + branch``."""
     conv1, conv2, norm1, norm2 = residual.conv1, residual.conv2, residual.norm1, residual.norm2
     x, window = windows(x, branch, conv1.kernel, *context.edges(conv1.columns))
@@ -59,16 +59,11 @@ def _residual(residual: Residual, x: Tensor, branch: Tensor | None, shift: Tenso
 
 
 def _block(
-    block: TransformerBlock, x: Tensor, branch: Tensor | None, layer: int, context: Cached
+    block: TransformerBlock, x: Tensor, branch: Tensor | None, layer: int, context: InPlace
 ) -> tuple[Tensor, Tensor]:
     """A sum that waits to be made in, one that waits to be made out."""
-    heads, width = block.heads, block.head_width
-    new, held = context.room(layer)
-    x, query = _norm_linear(x, branch, block.norm1, block.qkv, kept=new.flatten(2))
-    keys, values = held.transpose(1, 3).unbind(2)
-    query = query.unflatten(2, (heads, width)).transpose(1, 2)
-    heard = F.scaled_dot_product_attention(query, keys, values, attn_mask=context.bias)
-    branch = block.out(heard.transpose(1, 2).flatten(2))
+    x, query = _norm_linear(x, branch, block.norm1, block.qkv, kept=context.room(layer).flatten(2))
+    branch = block.out(context.attend(layer, query))
     x, wide = _norm_linear(x, branch, block.norm2, block.up, gelu=True)
     return x, block.down(wide)
 
