@@ -10,7 +10,7 @@ from torch import Tensor
 PROGRAMS = 256  # that keep a GPU busy: where fewer queries a program give no more, they are fewer
 MOST = {2: 64, 4: 16}  # queries a program, by the bytes of their numbers: what it holds fits its registers
 SETTINGS = {
-    2: {"BLOCK": 64, "num_warps": 4, "num_stages": 2},
+    2: {"BLOCK": 64, "num_warps": 4, "num_stages": 3},
     4: {"BLOCK": 32, "num_warps": 8, "num_stages": 2},
 }
 
