@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..layers.linear import Linear
 from .flow_config import RATE, FlowConfig
-from .flow_context import Context, InPlace, Mask, Whole
+from .flow_context import Context, Mask, Whole
 from .flow_encoder import FlowEncoder
 from .unet import BRANCHES, Estimator
 
@@ -76,14 +76,14 @@ class FlowMatching(nn.Module):
         """``[..., mels]`` noise of these frames."""
         return self.noise[frames % NOISE_FRAMES].to(self.sample_dtype)
 
-    def velocity(self, x: Tensor, condition: Condition, shifts: Tensor, context: Context | InPlace) -> Tensor:
+    def velocity(self, x: Tensor, condition: Condition, shifts: Tensor, context: Context) -> Tensor:
         """One estimate for samples ``[B, n, mels]``, of the same shape and dtype."""
         speaker = condition.speaker[:, None].expand(-1, x.shape[1], -1)
         parts = (x, condition.mu, speaker, condition.prompt)
         velocity: Tensor = self.estimator(torch.cat([part.to(self.dtype) for part in parts], 2), shifts, context)
         return velocity.to(x.dtype)
 
-    def guided(self, x: Tensor, condition: Condition, shifts: Tensor, context: Context | InPlace) -> Tensor:
+    def guided(self, x: Tensor, condition: Condition, shifts: Tensor, context: Context) -> Tensor:
         """The velocity with guidance; the context's rows are a session's two branches side by side."""
         both = Condition(*(torch.stack((part, torch.zeros_like(part)), 1).flatten(0, 1) for part in condition))
         velocities = self.velocity(x.repeat_interleave(BRANCHES, 0), both, shifts, context)

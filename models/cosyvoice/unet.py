@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..layers.linear import Linear
 from .flow_config import RATE, FlowConfig
-from .flow_context import CacheShape, Context, InPlace
+from .flow_context import CacheShape, Context
 from .flow_layers import CausalConv, number
 
 KERNEL = 3
@@ -125,13 +125,9 @@ class Estimator(nn.Module):
         x = F.mish(self.time2(F.silu(self.time1(x))))
         return torch.stack([cast(Stage, stage).residual.time(x) for stage in self.stages], 1)
 
-    def forward(self, x: Tensor, shifts: Tensor, context: Context | InPlace) -> Tensor:
+    def forward(self, x: Tensor, shifts: Tensor, context: Context) -> Tensor:
         """x ``[B, n, 4 mels]``: sample, encoder output, speaker and prompt frames; shifts as ``shifts`` has them for B
         or one time. Returns ``[B, n, mels]``."""
-        if isinstance(context, InPlace):
-            from .unet_fused import velocity as fused
-
-            return fused(self, x, shifts, context)
         each = self.config.stage_blocks
         skip = x
         for index, stage in enumerate(self.stages):

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from antiphon.models.cosyvoice import triton_euler as euler
 from antiphon.models.layers import triton_conv as conv
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
@@ -22,14 +23,17 @@ from antiphon.models.layers import triton_segments as segments
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared"), "*i64"),
+    **dict.fromkeys(
+        ("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared", "length"), "*i64"
+    ),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
-    **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("sample", "mu"), "*fp32"),
+    **dict.fromkeys(("scale", "eps", "guidance"), "fp32"),
     "slot_stride": "i64",
 }
 FLOATS = (
     "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
-    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh",
+    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity",
 )  # fmt: skip
 
 
@@ -40,6 +44,8 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "b
     signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
+    if kernel is euler._move:
+        signature |= {"step": "fp32", "out": "*fp32"}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
@@ -94,6 +100,8 @@ found = {
         for floats, kind, bytes_ in (("bf16", "bf16", 2), ("bf16", "fp8e4nv", 2), ("fp32", "fp32", 4))
         for queries in {16, segments.MOST[bytes_]}
     },
+    "inputs of an Euler step": spills(euler._inputs, "bf16", 1, BLOCK=128, RATE=2),
+    "move of an Euler step": spills(euler._move, "", 4, BLOCK=1024),
     "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
