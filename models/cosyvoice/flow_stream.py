@@ -20,7 +20,7 @@ from .flow_context import Cached, CacheShape, Call, InPlace
 from .flow_voices import FlowVoice, Voices, check_prompt
 
 NO_TOKEN = -1
-HEADS = (16, 32, 64, 128, 256)  # widths that kernels know
+HEADS = (16, 32, 64, 128)  # widths that kernels know
 
 
 class StreamingFlow(StreamingModel):
