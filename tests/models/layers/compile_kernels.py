@@ -12,29 +12,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from antiphon.models.cosyvoice import triton_euler as euler
+from antiphon.models.layers import triton_conv as conv
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_fused as fused
+from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_ring as ring
+from antiphon.models.layers import triton_segments as segments
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token"), "*i64"),
+    **dict.fromkeys(
+        ("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared", "length"), "*i64"
+    ),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
-    **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("sample", "mu"), "*fp32"),
+    **dict.fromkeys(("scale", "eps", "guidance"), "fp32"),
     "slot_stride": "i64",
 }
-FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
+FLOATS = (
+    "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
+    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity",
+)  # fmt: skip
 
 
-def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
-    """Loads and stores of registers that found no room. kind: dtype of the rings."""
+def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "bf16", **sizes: Any) -> int:
+    """Loads and stores of registers that found no room. kind: dtype of the rings; floats: of all else."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
-    signature |= {name: "*bf16" for name in FLOATS if name in signature}
-    if "ring" in signature:
-        signature["ring"] = f"*{kind}"
+    signature |= {name: f"*{floats}" for name in FLOATS if name in signature}
+    signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
+    if kernel is euler._move:
+        signature |= {"step": "fp32", "out": "*fp32"}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
@@ -51,11 +62,17 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
 MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
 MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
 QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
+FLOW = {"HEADS": 8, "WIDTH": 64, "BRANCHES": 2, "ROLLING": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
 def sized(kernel: Any, kind: str, setting: dict[str, int], **sizes: Any) -> int:
     return spills(kernel, kind, setting["num_warps"], setting["num_stages"], BLOCK=setting["BLOCK"], **sizes)
+
+
+def normed(width: int, bytes_: int) -> dict[str, int]:
+    setting = linear.sizes(width, bytes_)
+    return setting | {"warps": setting.pop("num_warps")}
 
 
 found = {
@@ -69,6 +86,23 @@ found = {
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
+    **{
+        f"{floats} norm and product of {width}": spills(
+            linear._norm_linear, "", **normed(width, bytes_), floats=floats, ADD=True, BIAS=True, GELU=True
+        )
+        for floats, bytes_ in (("bf16", 2), ("fp32", 4))
+        for width in (256, 512)
+    },
+    **{
+        f"{floats} attend {kind} segments by {queries}": sized(
+            segments._attend, kind, segments.SETTINGS[bytes_], **FLOW, floats=floats, QUERIES=queries
+        )
+        for floats, kind, bytes_ in (("bf16", "bf16", 2), ("bf16", "fp8e4nv", 2), ("fp32", "fp32", 4))
+        for queries in {16, segments.MOST[bytes_]}
+    },
+    "inputs of an Euler step": spills(euler._inputs, "bf16", 1, BLOCK=128, RATE=2),
+    "move of an Euler step": spills(euler._move, "", 4, BLOCK=1024),
+    "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
         for size in map(drawing.sizes, (2048, drawing.WIDEST))
