@@ -1,4 +1,4 @@
-"""What is compared only where its package is: PersonaPlex's is called ``moshi`` as Kyutai's is, in whose place it goes."""
+"""PersonaPlex's package is called ``moshi``, as Kyutai's is: what is compared with it runs only in its place."""
 
 from __future__ import annotations
 
