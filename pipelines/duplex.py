@@ -7,11 +7,13 @@ one frame to converse, more to read a log of tokens back into a fresh slot.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..codecs import mimi_checkpoint
-from ..codecs.mimi import Mimi, MimiDecoder, MimiEncoder
+from ..codecs.loudness import loudness
+from ..codecs.mimi import Mimi, MimiDecoder, MimiEncoder, Whole
+from ..codecs.voice_clip import check as check_clip
 from ..models.conformer.tokenizer import WORD_START, Source, Tokenizer
 from ..models.files import CheckpointError, reading
 from ..models.moshi import checkpoint, persona
@@ -30,6 +34,7 @@ from ..models.moshi.sampling import Sampling
 from ..models.streaming import Specs, State, StreamingModel, TensorSpec
 from .chunk import Stale
 from .engine import Lease
+from .graph import did_you_mean
 
 PUBLISHED = "moshiko"  # what is loaded where the package embeds no dialogue model
 PUBLISHED_WRITER = "stt-1b-en_fr-candle"
@@ -41,6 +46,7 @@ class Duplex(StreamingModel):
     """Codec and language model over slots. ``frame`` samples at ``rate`` Hz go in and come out.
 
     A language model that only writes what it hears (Kyutai's speech to text) has no ``decoder``: no sound comes out.
+    voices: names and Mimi's codes ``[spoken, frames]`` of the voices that ``prompt`` knows.
     """
 
     def __init__(self, lm: MoshiLM, mimi: Mimi, tokenizer: Tokenizer) -> None:
@@ -55,6 +61,7 @@ class Duplex(StreamingModel):
         self.encoder = MimiEncoder(mimi, config.heard)
         self.decoder = MimiDecoder(mimi, config.spoken) if config.spoken else None
         self.frame, self.rate = mimi.config.frame, mimi.config.sample_rate
+        self.voices: dict[str, NDArray[np.int64]] = {}
 
     @property
     def variants(self) -> tuple[int, ...]:
@@ -114,14 +121,42 @@ class Duplex(StreamingModel):
         """What a step takes beside sound, the same for a whole session; nothing is forced."""
         return {**sampling.inputs(), "force": np.full(1 + self.lm.config.spoken, UNSET, np.int64)}
 
-    def prompt(self, text: str) -> NDArray[np.int64]:
+    def add_voice(self, name: str, pcm: NDArray[np.float32]) -> None:
+        """A voice for ``prompt``, from a clip of 1 to 30 seconds at ``rate`` Hz.
+
+        Raises ValueError for a clip of which no voice is made, and as ``prompt`` does.
+        """
+        self._check_prompts()
+        check_clip(pcm, self.rate)
+        if (level := loudness(pcm, self.rate)) == -math.inf:
+            raise ValueError("the clip is silent but for a moment: record it louder")
+        gain = np.float32(10 ** ((persona.LOUDNESS - level) / 20))
+        whole = np.pad(pcm * gain, (0, -len(pcm) % self.frame))
+        weight = self.encoder.quantizer.semantic.into.weight
+        with torch.inference_mode():
+            latents = self.encoder.network(torch.from_numpy(whole)[None].to(weight), Whole())
+            codes = self.encoder.quantizer.encode(latents, self.lm.config.spoken)
+        self.voices[name] = codes[0].cpu().numpy()
+
+    def prompt(self, text: str = "", voice: str = "") -> NDArray[np.int64]:
         """Who the model is to be, as the beginning of a ``TokenLog``: for finetunes that take prompts (PersonaPlex).
 
-        Raises ValueError for other models, and for one that was loaded without ``prefill``.
+        voice: one of ``voices``; a suffix that it does not have is left out, since PersonaPlex's clients name files.
+        Raises ValueError for other models and voices, and for a model that was loaded without ``prefill``.
         """
+        self._check_prompts()
+        codes = None
+        if voice:
+            codes = self.voices.get(voice, self.voices.get(PurePath(voice).stem))
+            if codes is None:
+                raise ValueError(f"no voice {voice[:80]!r}{did_you_mean(voice[:80], self.voices)}")
+        tokens = self.tokenizer.encode(persona.marked(text)) if text.strip() else ()
+        return persona.prompt(tokens, self.lm.config, codes)
+
+    def _check_prompts(self) -> None:
         if max(self.variants) == 1:
             raise ValueError("this model takes no prompts: it is no PersonaPlex, or was loaded without prefill")
-        return persona.prompt(self.tokenizer.encode(persona.marked(text)), self.lm.config)
+        persona.check(self.lm.config)
 
 
 def default() -> str:
@@ -228,6 +263,15 @@ async def restart(model: Duplex, lease: Lease, log: TokenLog) -> None:
                 continue
     finally:
         await lease.switch(1)
+
+
+def read_sync(model: Duplex, lease: Lease, log: TokenLog) -> None:
+    """Read a log into a fresh lease of ``model``, and block until it is read: for files, without an event loop."""
+    frames = max(model.variants)
+    lease.use(frames)
+    for block in log.blocks(frames):
+        lease.step_sync(block)
+    lease.use(1)
 
 
 class Utterance(NamedTuple):

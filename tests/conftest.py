@@ -30,6 +30,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter with loops whose ends are tensors: it takes NumPy's arrays of one number for numbers, which
+    NumPy does not from version 2.4 on."""
+    if torch.cuda.is_available():
+        return
+    module = pytest.importorskip("triton.runtime.interpreter")
+    original = module._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+
+
 @pytest.fixture(scope="session")
 def parrot_server() -> Iterator[str]:
     """The address of ``antiphon serve --graph parrot``, warm."""

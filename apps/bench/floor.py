@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .references import synchronize
 
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
 
 def floor_of(bytes_: float, flop: float, launches: int, launch: float, bandwidth: float, rate: float) -> dict[str, Any]:
     """Milliseconds of each part, and of the larger of bytes and operations. launch: seconds; bandwidth: bytes a second;
@@ -28,7 +30,7 @@ def floor_of(bytes_: float, flop: float, launches: int, launch: float, bandwidth
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that make or change a tensor; views do neither."""
+    """Counts operations that fill or change a tensor: no views, and no allocations, which launch nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,7 +39,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         first = made[0] if isinstance(made, (tuple, list)) and made else made
-        if _plain(first):
+        if _plain(first) and func.__name__.partition(".")[0] not in ALLOCATIONS:
             given = {one.untyped_storage().data_ptr() for one in args if _plain(one)}
             if func._schema.is_mutable or first.untyped_storage().data_ptr() not in given:
                 self.counts[func.__name__] += 1

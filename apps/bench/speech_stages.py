@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Hashable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, cast
 
@@ -66,34 +67,37 @@ def bench_stages(
     metrics = engine.metrics()["models"]
     for stage, part, variant in stages(speech):
         model = speech.parts[part]
-        known = metrics[f"{name}.{part}"]["variants"][variant]["buckets"]
-        sizes = [size for size in batches if size <= known[-1]]
-        leases = [engine.open_sync(f"{name}.{part}", variant) for _ in range(max(sizes))]
-        for size in sizes:
-            inputs = inputs_of(part, model, variant, size)
-            chunk = [
-                (lease, {key: value[index] for key, value in inputs.items()})
-                for index, lease in enumerate(leases[:size])
+        about = metrics[f"{name}.{part}"]
+        known = about["variants"][variant]["buckets"]
+        most = min(known[-1], about["slots"])
+        sizes = [size for size in batches if size <= most]
+        with ExitStack() as stack:
+            leases = [
+                stack.enter_context(closing(engine.open_sync(f"{name}.{part}", variant))) for _ in range(max(sizes))
             ]
-            seconds = []
-            for _ in range(REPEATS):
-                for lease in leases[:size]:
-                    engine.ask_sync(partial(_age, part, prompt, lease))
-                begin = synchronize(engine.device)
-                engine.run_sync(chunk)
-                seconds.append(synchronize(engine.device) - begin)
-            steps = engine.metrics()["models"][f"{name}.{part}"]["variants"][variant]["steps"]
-            bucket = next(one for one in known if one >= size)
-            rows.append(
-                {
-                    "stage": stage,
-                    "rows": size,
-                    "ms": round(statistics.median(seconds) * 1e3, 3),
-                    "device_ms": round(steps[bucket]["median"] * slice_count(model, variant) * 1e3, 3),
-                }
-            )
-        for lease in leases:
-            lease.close()
+            for size in sizes:
+                inputs = inputs_of(part, model, variant, size)
+                chunk = [
+                    (lease, {key: value[index] for key, value in inputs.items()})
+                    for index, lease in enumerate(leases[:size])
+                ]
+                seconds = []
+                for _ in range(REPEATS):
+                    for lease in leases[:size]:
+                        engine.ask_sync(partial(_age, part, prompt, lease))
+                    begin = synchronize(engine.device)
+                    engine.run_sync(chunk)
+                    seconds.append(synchronize(engine.device) - begin)
+                steps = engine.metrics()["models"][f"{name}.{part}"]["variants"][variant]["steps"]
+                bucket = next(one for one in known if one >= size)
+                rows.append(
+                    {
+                        "stage": stage,
+                        "rows": size,
+                        "ms": round(statistics.median(seconds) * 1e3, 3),
+                        "device_ms": round(steps[bucket]["median"] * slice_count(model, variant) * 1e3, 3),
+                    }
+                )
     return rows
 
 

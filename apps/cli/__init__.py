@@ -167,6 +167,10 @@ def serve(
     restart_after: Annotated[
         float | None, typer.Option(min=3, help="Minutes after which a dialogue starts over from its last two.")
     ] = None,
+    voice_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of clips or .pt files: the voices that calls of PersonaPlex may name."),
+    ] = None,
 ) -> None:
     """Serve live captions, or another graph, to browsers (WebRTC), telephones and programs."""
     from .serve import Memory, run
@@ -192,6 +196,7 @@ def serve(
         llm_model=llm_model,
         instructions=instructions,
         memory=Memory(context, sinks, kv_fp8, restart_after),
+        voice_prompts=voice_prompts,
     )
 
 
@@ -229,6 +234,11 @@ def talk(
     top_k: Annotated[int | None, typer.Option(min=0, help="Of the voice: draw from so many, 0 for all.")] = None,
     text_temperature: Annotated[float | None, typer.Option(min=0, help="Of what is said.")] = None,
     text_top_k: Annotated[int | None, typer.Option(min=0, help="Of what is said.")] = None,
+    text_prompt: Annotated[str, typer.Option(help="Who the model is to be, for PersonaPlex.")] = "",
+    voice_prompt: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The voice it is to have, for PersonaPlex: a clip or a .pt."),
+    ] = None,
     compute: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = None,
 ) -> None:
     """Talk with a model that hears and speaks at the same time. Ctrl-C ends it."""
@@ -253,6 +263,8 @@ def talk(
         seconds=seconds,
         sampling=sampling,
         compute=compute,
+        text_prompt=text_prompt,
+        voice_prompt=voice_prompt,
     )
 
 

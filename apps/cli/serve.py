@@ -22,7 +22,7 @@ from ...models.conformer.hub import embedded
 from ...models.cosyvoice.flow_config import FlowLimits
 from ...models.moshi.config import FRAME_RATE
 from ...models.silero import SileroVAD
-from ...pipelines import duplex, speech_checkpoint
+from ...pipelines import duplex, speech_checkpoint, voice_prompts
 from ...pipelines.engine import Engine
 from ...pipelines.engine.engines import Engines
 from ...pipelines.graph import Graph
@@ -104,6 +104,7 @@ def run(
     llm_model: str | None = None,
     instructions: str = "",
     memory: Memory | None = None,
+    voice_prompts: Path | None = None,
 ) -> None:
     """See ``antiphon serve --help``. Raises CommandError."""
     memory = memory or Memory()
@@ -129,7 +130,9 @@ def run(
     async def start() -> None:
         try:
             with console.status("Loading and warming the models"):
-                load = partial(_engine, service.graph({}), model, device, lookaheads, decoder, max_sessions, memory)
+                load = partial(
+                    _engine, service.graph({}), model, device, lookaheads, decoder, max_sessions, memory, voice_prompts
+                )
                 service.engine, service.native, found = await apart(load)
                 if speech_model or voices or any(isinstance(node, Speak) for node in service.graph({}).nodes):
                     add = partial(_add_speech, service.engine, speech_model, voices, max_sessions)
@@ -282,6 +285,7 @@ def _engine(
     decoder: str | None,
     slots: int,
     memory: Memory,
+    voices: Path | None = None,
 ) -> tuple[Engine | Engines, str | None, dict[str, Any]]:
     """The engine, the language that its recogniser is not told, and what ``/info`` says of it."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -290,12 +294,13 @@ def _engine(
     if node is not None:
         name = model or (duplex.default() if isinstance(node, Converse) else duplex.PUBLISHED_WRITER)
         loaded = memory.load(name, device, restarts=getattr(node, "restart_after", None) is not None)
+        spoken = {} if voices is None else {"voice_prompts": voice_prompts.add(loaded, voices)}
         main.add(node.model, loaded, slots=slots)
-        native, about = None, _about(name, loaded, main)
+        native, about = None, _about(name, loaded, main) | spoken
         if isinstance(node, Converse):
             return main, native, about
-    elif memory != Memory():
-        raise ValueError("--context, --sinks and --kv-fp8 go with a dialogue model: --graph converse")
+    elif memory != Memory() or voices is not None:
+        raise ValueError("--context, --sinks, --kv-fp8 and --voice-prompts go with a dialogue model: --graph converse")
     else:
         checkpoint = load(model, device=device)
         recognizer = Recognizer(checkpoint, decoder)

@@ -20,9 +20,9 @@ from ...codecs.audio_file import AudioError, AudioWarning, AudioWriter, info, st
 from ...codecs.resample import Resampler, Samples
 from ...models.files import CheckpointError
 from ...models.moshi.sampling import Sampling
-from ...pipelines import duplex
+from ...pipelines import duplex, voice_prompts
 from ...pipelines.chunk import Audio, Text
-from ...pipelines.duplex import Duplex, Monologue, Utterance
+from ...pipelines.duplex import Duplex, Monologue, TokenLog, Utterance
 from ...pipelines.edge import Link
 from ...pipelines.engine import Engine, EngineError
 from ...pipelines.graph import Graph
@@ -54,12 +54,17 @@ def run(
     seconds: float | None,
     sampling: Mapping[str, Any],
     compute: str | None,
+    text_prompt: str = "",
+    voice_prompt: Path | None = None,
 ) -> None:
     """See ``antiphon talk --help``. Raises CommandError.
 
     sampling: options of ``Sampling``; those that are None are the checkpoint's, seeds are drawn.
     """
     check_device(compute)
+    if voice_prompt is not None and not voice_prompt.is_file():
+        raise CommandError(f"--voice-prompt {voice_prompt}: no such file; give a clip of the voice")
+    persona = _Persona(text_prompt.strip(), voice_prompt)
     if (file is None) != (output is None):
         raise CommandError("--file and -o go together: a recording to talk with, and a file for both sides")
     chosen = {name: value for name, value in sampling.items() if value is not None}
@@ -67,23 +72,39 @@ def run(
     try:
         Sampling(**chosen)
         if file is not None and output is not None:
-            _offline(file, output, model, seconds, chosen, device)
+            _offline(file, output, model, persona, seconds, chosen, device)
         else:
             with quiet_libraries():
                 ends = find(microphone, "input"), find(speaker, "output")
                 echo = OWN if echo_of == OWN else None if echo_of is None else find(echo_of, "input")
-                _live(*ends, echo, model, record, seconds, chosen, device)
+                _live(*ends, echo, model, persona, record, seconds, chosen, device)
     except StageError as error:
         raise CommandError(str(error.__cause__ or error)) from error
     except (AudioError, CheckpointError, DeviceError, EngineError, ValueError) as error:
         raise CommandError(str(error)) from error
 
 
-def _load(model: str | None, device: str, console: Console) -> Duplex:
+@dataclass(frozen=True)
+class _Persona:
+    """Who the model is to be. text: what it is told. voice: file of the voice that it is to have."""
+
+    text: str
+    voice: Path | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of ``Converse`` and of ``Duplex.prompt``; none where it is itself."""
+        given = {"prompt": self.text, "voice": "" if self.voice is None else self.voice.stem}
+        return given if any(given.values()) else {}
+
+
+def _load(model: str | None, device: str, persona: _Persona, console: Console) -> Duplex:
     with console.status("Loading the model"):
         loaded = duplex.load(model, device=device)
     if loaded.decoder is None:
         raise CheckpointError(f"{model} only writes what it hears: use antiphon transcribe --model {model}")
+    if persona.voice is not None:
+        voice_prompts.add(loaded, persona.voice)
     return loaded
 
 
@@ -128,20 +149,24 @@ class Sides:
 
 
 def _offline(
-    file: str, output: Path, name: str | None, seconds: float | None, sampling: Mapping[str, Any], device: str
-) -> None:
+    file: str, output: Path, name: str | None, persona: _Persona, seconds: float | None, sampling: Mapping[str, Any],
+    device: str,
+) -> None:  # fmt: skip
     """``seconds`` of dialogue, silence after the recording's end; by default as long as the recording."""
     if output.resolve() == Path(file).resolve():
         raise CommandError(f"{output} is the recording itself: give another name for the dialogue")
     console = stderr()
     total = seconds or info(file).duration
-    model = _load(name, device, console)
+    model = _load(name, device, persona, console)
+    told = TokenLog(1, model.prompt(persona.text, persona.options["voice"])) if persona.options else None
     options = Converse(model=MODEL, **sampling).options
     heard, began = 0.0, time.perf_counter()
     with warnings_as_lines(AudioWarning), Engine(device, inline=True) as engine, progress(total) as bar:
-        engine.add(MODEL, model, slots=1, variants=(1,), buckets=(1,), exact=False)
+        engine.add(MODEL, model, slots=1, variants=_variants(model, persona), buckets=(1,), exact=False)
         sides = Sides(output, model)
         lease = engine.open_sync(MODEL)
+        if told is not None:
+            duplex.read_sync(model, lease, told)
         constant = model.inputs(dataclasses.replace(model.lm.config.sampling, **options))
         config = model.lm.config
         monologue = Monologue(model.tokenizer, (config.padding, config.end_padding))
@@ -157,6 +182,11 @@ def _offline(
         sides.close()
     took = time.perf_counter() - began
     console.print(f"{heard:.1f} s of dialogue in {took:.2f} s; {real_time_factor(took, heard)}", style="dim")
+
+
+def _variants(model: Duplex, persona: _Persona) -> tuple[int, ...]:
+    """The steps that such a dialogue takes."""
+    return model.variants if persona.options else (1,)
 
 
 def _frames(file: str, model: Duplex, seconds: float | None) -> Iterator[Samples]:
@@ -181,21 +211,22 @@ def _live(
     speaker: Device,
     echo: Device | Literal["speaker"] | None,
     name: str | None,
+    persona: _Persona,
     record: Path | None,
     seconds: float | None,
     sampling: Mapping[str, Any],
     device: str,
 ) -> None:
     console = stderr()
-    model = _load(name, device, console)
+    model = _load(name, device, persona, console)
     sides = None if record is None else Sides(record, model)
     shown = _Shown(microphone, seconds, console, model, sides)
     try:
         with Engine(device) as engine:
             with console.status("Warming the model"):
-                engine.add(MODEL, model, slots=1, variants=(1,), buckets=(1,), exact=False)
+                engine.add(MODEL, model, slots=1, variants=_variants(model, persona), buckets=(1,), exact=False)
             _warn_if_slow(engine, model, console)
-            graph = _graph(microphone, speaker, echo, shown, Converse(model=MODEL, **sampling))
+            graph = _graph(microphone, speaker, echo, shown, Converse(model=MODEL, **sampling, **persona.options))
             asyncio.run(shown.follow(graph.session(engine=engine)))
     finally:
         shown.close()

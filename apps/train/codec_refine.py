@@ -4,7 +4,7 @@
 
 A dialogue model speaks with one voice in the codes that it learnt. Better sound of these codes needs neither other
 codes nor another model: only the decoder learns, and the projections into it, mostly on the assistant's answers.
-``OUT/codec`` may take the place of the model's codec: ``antiphon train duplex_card --codec OUT``.
+``OUT/codec`` may take the place of the model's codec: ``duplex_card.py --refined OUT``.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Recipe:
     semantic: float = 4.0
     padding: float = 0.5
     silent: float = 0.2
-    spoil: float = 0.1
+    spoil: float = 0.05
     text: float = 1.0
 
 

@@ -46,8 +46,15 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != CARD)
 
 
-def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> str:
-    """The README of a checkpoint: what it is, from what it was made and how, how it behaves."""
+def write_card(
+    name: str,
+    size: int,
+    run: Mapping[str, Any],
+    figures: Mapping[str, Any] | None = None,
+    refined: Mapping[str, Any] | None = None,
+) -> str:
+    """The README of a checkpoint: what it is, from what it was made and how, how it behaves. refined: the run that
+    trained the codec's decoder on."""
     lines = [
         "---",
         "license: cc-by-4.0",
@@ -87,7 +94,8 @@ def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[st
         json.dumps(run["recipe"], indent=1),
         "```",
         "",
-        *_codec(run.get("codec")),
+        *_codec("The codec", "codec", run.get("codec")),
+        *_codec("Its decoder, trained on for the assistant's voice", "codec_refine", refined),
         "Losses in nats a token, each token given the right ones before it; `right` is the share of text tokens:",
         "",
         "```json",
@@ -101,14 +109,23 @@ def write_card(name: str, size: int, run: Mapping[str, Any], figures: Mapping[st
     return "\n".join(lines) + "\n"
 
 
-def _codec(run: Mapping[str, Any] | None) -> list[str]:
-    """How the codec was made, where that is known."""
+def _codec(what: str, program: str, run: Mapping[str, Any] | None) -> list[str]:
+    """How (a part of) the codec was made, where that is known."""
     if run is None:
         return []
-    command = command_line("antiphon.apps.train.codec", run["command"][1:])
+    command = command_line(f"antiphon.apps.train.{program}", run["command"][1:])
     facts = {**run["recipe"], "measured": run["measured"]}
-    made = f"The codec: `{command}`, seed {run['seed']}, {run['steps']} steps."
+    made = f"{what}: `{command}`, seed {run['seed']}, {run['steps']} steps."
     return [made, "", "```json", json.dumps(facts, indent=1), "```", ""]
+
+
+def take_decoder(model: Path, refined: Path) -> None:
+    """Put a refined codec in the place of a model's. Raises ValueError for one that makes other codes."""
+    before, after = (mimi_checkpoint.load(folder).state_dict() for folder in (model / checkpoint.CODEC, refined))
+    for name, value in before.items():
+        if name.startswith(("encoder.", "quantizer.")) and ".back." not in name and not value.equal(after[name]):
+            raise ValueError(f"{refined} makes other codes than {model}: {name} differs; refine this model's codec")
+    shutil.copytree(refined, model / checkpoint.CODEC, dirs_exist_ok=True)
 
 
 def table(figures: Mapping[str, Any]) -> list[str]:
@@ -134,12 +151,17 @@ def main(
     run: Annotated[Path, typer.Argument(help="Folder of a training run.")],
     model: Annotated[Path, typer.Argument(help="Folder to write.")],
     figures: Annotated[Path | None, typer.Option(help="JSON that duplex_eval.py wrote.")] = None,
+    refined: Annotated[Path | None, typer.Option(help="Folder of a run of codec_refine.py, to take its codec.")] = None,
 ) -> None:
     """Copy a run's model to where it ships from, with a card that has the figures."""
     facts = record_of(run)
     numbers = json.loads(figures.read_text(encoding="utf-8"))["numbers"] if figures else None
     shutil.copytree(run / "model", model, dirs_exist_ok=True)
-    (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers), encoding="utf-8")
+    more = None
+    if refined is not None:
+        more = record_of(refined)
+        take_decoder(model, refined / "codec")
+    (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers, more), encoding="utf-8")
 
 
 if __name__ == "__main__":

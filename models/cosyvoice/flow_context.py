@@ -2,9 +2,9 @@
 
 The networks are written once, against the questions of :class:`Context`. :class:`Whole` answers them from the input
 itself under a mask, :class:`Cached` from rings in the sessions' slots and from the prompt caches that all sessions of a
-voice read.
+voice read; :class:`InPlace` is for kernels that do so themselves.
 
-Both use one rule. Positions are counted from the start of the voice's prompt and cut into *segments*, at every multiple
+All use one rule. Positions are counted from the start of the voice's prompt and cut into *segments*, at every multiple
 of the mask's chunk and wherever a streaming call starts. A position sees its own segment, the shared prompt, and either
 everything between them or the last ``left`` frames before its segment. Calls that start at multiples of the chunk cut
 nothing, which gives the mask the model was trained with.
@@ -162,12 +162,11 @@ class Call:
         return torch.arange(self.hop * RATE, device=self.seen.device) < (self.count * RATE)[:, None]
 
 
-class Cached:
+class Slots:
     """One call of ``B`` sessions through one pass of a network; rows are ``B * branches``, a session's side by side.
 
-    Attention reads the voice's prompt from ``voices``, the session's past from its ring and the call's own positions:
-    the first two are fetched for all layers at once, and ``commit`` writes what the rings and the convolutions keep
-    once the pass is through.
+    What both ways of reading the caches share: where they are, and ``commit``, which writes what the rings and the
+    convolutions keep once the pass is through.
     """
 
     def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
@@ -175,12 +174,42 @@ class Cached:
         self._shape, self._call = shape, call
         rate, device = shape.rate, call.seen.device
         self._ring, self._prompt = state[shape.rings][:, index], voices[shape.rings][:, index]
+        size = self._ring.shape[3]
+        self._shared, self._first, self._end = (
+            (tokens * rate)[:, None] for tokens in (call.shared, call.start, call.start + call.count)
+        )
+        self.queries = self._first + torch.arange(call.hop * rate, device=device)
+
+        # Of positions that share a ring entry only the last is written.
+        kept = (self.queries < self._end) & (self.queries >= self._end - size)
+        rows = torch.where(kept, call.target[:, None], call.scratch)
+        branch = torch.arange(shape.branches, device=device)[:, None]
+        self._write = (rows[:, None], slice(None), branch, ((self.queries - self._shared) % size)[:, None])
+
+        self._all_tails = state[shape.tails][:, index]
+        fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
+        begun = voices[shape.tails][:, index].index_select(0, call.voice)
+        self._tails = torch.where(fresh, begun, self._all_tails.index_select(0, call.slots)).flatten(0, 1)
+        self._made = (self._end - self._first).repeat_interleave(shape.branches, 0)
+
+    def _keep(self, new: Tensor, tails: Tensor) -> None:
+        """new: ``[layers, B, branches, n, 2, heads, head_width]`` keys and values. tails: ``[rows, keep, columns]``."""
+        _words(self._ring)[self._write] = _words(new.to(self._ring.dtype).movedim(0, 3))
+        self._all_tails.index_copy_(0, self._call.target, tails.unflatten(0, (-1, self._shape.branches)))
+
+
+class Cached(Slots):
+    """Attention reads the voice's prompt from ``voices``, the session's past from its ring and the call's own
+    positions: the first two are fetched for all layers at once."""
+
+    def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
+        super().__init__(shape, call, state, voices, index)
+        rate, device = shape.rate, call.seen.device
         size, prompt = self._ring.shape[3], self._prompt.shape[3]
         self._used = min(size, int(call.seen.max()) * rate) if call.alone else size
         self._told = int(call.shared.max()) * rate if call.alone else prompt
 
-        shared, first, end = ((tokens * rate)[:, None] for tokens in (call.shared, call.start, call.start + call.count))
-        self.queries = first + torch.arange(call.hop * rate, device=device)
+        shared, first, end = self._shared, self._first, self._end
         told = torch.arange(self._told, device=device).expand(len(first), -1)
         # Ring entry r holds the newest position before the call that lies r behind the prompt, modulo the ring.
         newest = first - shared - 1
@@ -195,28 +224,15 @@ class Cached:
         )
         # No softmax is empty, not even that of a row without positions.
         allowed = allowed | (call.count == 0)[:, None, None]
-        dtype = state[shape.tails].dtype
-        self.bias = _bias(allowed.repeat_interleave(shape.branches, 0), dtype)
-
-        # Of positions that share a ring entry only the last is written.
-        kept = (self.queries < end) & (self.queries >= end - size)
-        rows = torch.where(kept, call.target[:, None], call.scratch)
-        branch = torch.arange(shape.branches, device=device)[:, None]
-        self._write = (rows[:, None], slice(None), branch, ((self.queries - shared) % size)[:, None])
+        self.bias = _bias(allowed.repeat_interleave(shape.branches, 0), self._tails.dtype)
 
         past = self._told + self._used
         line = (2, shape.heads, shape.head_width)
         room = (shape.layers, len(first), shape.branches, past + call.hop * rate, *line)
-        self._held = torch.empty(room, dtype=dtype, device=device)
+        self._held = torch.empty(room, dtype=self._tails.dtype, device=device)
         _fetch(self._prompt[:, :, :, : self._told], call.voice, self._held[:, :, :, : self._told])
         _fetch(self._ring[:, :, :, : self._used], call.slots, self._held[:, :, :, self._told : past])
         self._new = self._held[:, :, :, past:]
-
-        self._all_tails = state[shape.tails][:, index]
-        fresh = ((call.seen == 0) & (call.shared > 0)).view(-1, 1, 1, 1)
-        begun = voices[shape.tails][:, index].index_select(0, call.voice)
-        self._tails = torch.where(fresh, begun, self._all_tails.index_select(0, call.slots)).flatten(0, 1)
-        self._last = (end - first + torch.arange(shape.keep, device=device)).repeat_interleave(shape.branches, 0)
         self._windows: list[tuple[int, Tensor]] = []  # by the first of their columns
 
     def _own(self, keys: Tensor, shared: Tensor, first: Tensor, end: Tensor, size: int) -> Tensor:
@@ -244,11 +260,42 @@ class Cached:
 
     def commit(self) -> None:
         """Keep what the next call needs."""
-        new = self._new.to(self._ring.dtype).movedim(0, 3)
-        _words(self._ring)[self._write] = _words(new)
         windows = torch.cat([window for _, window in sorted(self._windows, key=lambda pair: pair[0])], 2)
-        tails = windows.gather(1, self._last[..., None].expand(-1, -1, windows.shape[2]))
-        self._all_tails.index_copy_(0, self._call.target, tails.unflatten(0, (-1, self._shape.branches)))
+        last = self._made + torch.arange(self._shape.keep, device=windows.device)
+        self._keep(self._new, windows.gather(1, last[..., None].expand(-1, -1, windows.shape[2])))
+
+
+class InPlace(Slots):
+    """The same for kernels, which read the caches where they lie, and only as far as they are filled."""
+
+    def __init__(self, shape: CacheShape, call: Call, state: State, voices: State, index: int = 0) -> None:
+        super().__init__(shape, call, state, voices, index)
+        rows, line = len(self._tails), (2, shape.heads, shape.head_width)
+        self._new = self._tails.new_empty(shape.layers, rows, call.hop * shape.rate, *line)
+        self._later = torch.empty_like(self._tails)
+
+    def room(self, layer: int) -> Tensor:
+        """Where keys and values of the input go, ``[rows, n, 2, heads, head_width]``."""
+        return self._new[layer]
+
+    def attend(self, layer: int, query: Tensor) -> Tensor:
+        """What queries ``[rows, n, heads * head_width]`` hear, once ``room`` is filled."""
+        from ..layers.triton_segments import attend
+
+        call, rate = self._call, self._shape.rate
+        return attend(
+            query, self._new[layer], self._ring[:, layer], self._prompt[:, layer], call.slots, call.voice,
+            call.shared, call.seen, call.count, rate=rate, chunk=call.config.chunk * rate, rolling=call.limits.rolling,
+        )  # fmt: skip
+
+    def edges(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a convolution that looks back ``keep`` positions: those positions ``[rows, keep, d]``, from which position
+        of them and the input on they are kept ``[rows]``, and where ``[rows, keep, d]``."""
+        return self._tails[..., columns], self._made[:, 0], self._later[..., columns]
+
+    def commit(self) -> None:
+        """Keep what the next call needs."""
+        self._keep(self._new.unflatten(1, (-1, self._shape.branches)), self._later)
 
 
 def _fetch(table: Tensor, rows: Tensor, into: Tensor) -> None:

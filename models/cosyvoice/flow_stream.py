@@ -11,14 +11,16 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from ..layers.kernels import use_kernels
 from ..layers.packing import pack
 from ..streaming import Specs, State, StreamingModel, TensorSpec
 from .flow import Condition, FlowMatching
 from .flow_config import RATE, TOKEN_SECONDS, FlowLimits
-from .flow_context import Cached, CacheShape, Call
+from .flow_context import Cached, CacheShape, Call, InPlace
 from .flow_voices import FlowVoice, Voices, check_prompt
 
 NO_TOKEN = -1
+HEADS = (16, 32, 64, 128)  # widths that kernels know
 
 
 class StreamingFlow(StreamingModel):
@@ -195,6 +197,8 @@ class StreamingFlow(StreamingModel):
         state["flow.sample"][:, : mu.shape[1]].index_copy_(0, call.target, noise)
 
     def _euler(self, call: Call, index: int, state: State) -> Tensor:
+        if use_kernels(self.shifts) and self.config.unet_head_width in HEADS:
+            return self._euler_in_place(call, index, state)
         frames = call.hop * RATE
         mu, x = (state[name][:, :frames].index_select(0, call.slots) for name in ("flow.mu", "flow.sample"))
         prompt = self.voices.prompt(call.voice, call.frames())
@@ -205,6 +209,22 @@ class StreamingFlow(StreamingModel):
         x = x + (self.flow.times[index + 1] - self.flow.times[index]) * velocity
         state["flow.sample"][:, :frames].index_copy_(0, call.target, x)
         return x
+
+    def _euler_in_place(self, call: Call, index: int, state: State) -> Tensor:
+        """The same by kernels."""
+        from .triton_euler import inputs, move
+        from .unet_fused import velocity
+
+        voices, sample = self.voices, state["flow.sample"]
+        x = inputs(
+            sample, state["flow.mu"], voices.speaker, voices.mel, voices.length,
+            call.slots, call.voice, call.shared, call.seen, call.hop * RATE,
+        )  # fmt: skip
+        context = InPlace(self._shapes[2], call, state, voices.caches, index)
+        velocities = velocity(self.flow.estimator, x, self.shifts[index : index + 1], context)
+        context.commit()
+        step = self.flow.times[index + 1] - self.flow.times[index]
+        return move(sample, velocities, call.slots, call.target, self.config.guidance, step)
 
 
 def _hop(variant: Hashable) -> int:

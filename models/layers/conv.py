@@ -8,7 +8,7 @@ many frames is the same as many steps of one.
 A packed layer is a matrix product over the windows: for the few frames of a step on the CPU up to fifteen times as fast
 as torch's convolution, which brings wide kernels into another order at every call. It makes its result with the
 channels innermost in memory: what follows gets a ``[B, C, T]`` view, and another packed layer takes it without a copy.
-On a GPU torch's convolution reorders its input and its output: there a kernel of :mod:`.triton_windows` writes the windows
+On a GPU torch reorders a convolution's input and output: there a kernel of :mod:`.triton_windows` writes the windows
 and another adds the outputs up; a product of ``LARGE`` work is left to the convolution, which may use 19-bit floats.
 """
 

@@ -20,6 +20,7 @@ from .sampling import Sampling
 FRAME_RATE = 12.5
 ZERO = -1  # a token that embeds to zero
 UNSET = -2  # a token that is not known yet, or is to be sampled
+HELD = -3  # text that is to be sampled, but without beginning a word: what would begin one ends the padding
 
 
 @dataclass(frozen=True)

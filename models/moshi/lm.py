@@ -24,7 +24,7 @@ from ..layers.norm import RMSNorm
 from ..layers.packing import pack
 from ..layers.transformer import Transformer
 from ..streaming import Specs, State, StreamingModel, TensorSpec
-from .config import FRAME_RATE, UNSET, MoshiConfig
+from .config import FRAME_RATE, HELD, UNSET, MoshiConfig
 from .delays import Delays
 from .depth import Depth, sinusoids
 from .sampling import HISTORY, draw, penalise, remember
@@ -124,7 +124,7 @@ class MoshiLM(StreamingModel):
         position = torch.arange(frames + 1, device=codes.device)
         source = position - 1 - delays[:, None]  # [streams, T + 1]: position p reads token p - 1 - delay
         shifted = torch.where(source >= 0, codes.gather(2, source.clamp(min=0).expand(len(codes), -1, -1)), start)
-        x = self._embed(shifted[..., :-1], position[None, :-1])
+        x = self.embed(shifted[..., :-1], position[None, :-1])
         heard = self.norm(self.temporal(x, self.temporal.whole(frames, x.device)))
         text = self.text_head(heard)
         if self.depth is None:
@@ -142,9 +142,10 @@ class MoshiLM(StreamingModel):
         """One frame, or a log of several.
 
         One frame: ``codes [B, heard]``, the user's; ``force [B, 1 + spoken]``, text and codebook tokens to take instead
-        of drawing them (-2: draw, -1: none), as sampled at this step; and ``Sampling.inputs``. Returns ``text [B]`` and
-        ``codes [B, spoken]``, a frame without delays, that counts where ``valid [B]``; ``sampled [B, 1 + spoken]``, the
-        tokens of this step; ``heads [B, n, classes]``, probabilities, for models that have such heads.
+        of drawing them (-2: draw, -1: none; text -3: draw, with the end of padding for a word's token), as sampled at
+        this step; and ``Sampling.inputs``. Returns ``text [B]`` and ``codes [B, spoken]``, a frame without delays, that
+        counts where ``valid [B]``; ``sampled [B, 1 + spoken]``, the tokens of this step; ``heads [B, n, classes]``,
+        probabilities, for models that have such heads.
 
         A log: ``log [B, P, streams]``, tokens sampled and heard at each of the first ``count [B]`` steps. Returns
         ``seen [B]``, the positions that the session has lived through.
@@ -189,11 +190,11 @@ class MoshiLM(StreamingModel):
     ) -> Tensor:
         """``[B, streams, T]`` tokens as read -> ``[B, T, d]``."""
         position = seen[:, None] + torch.arange(tokens.shape[2], device=seen.device)
-        x = self.temporal.step("temporal", self._embed(tokens, position), state, slots, target, count)
+        x = self.temporal.step("temporal", self.embed(tokens, position), state, slots, target, count)
         heard: Tensor = self.norm(x)
         return heard
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """``[B, streams, T]`` -> ``[B, T, d]``: the sum over streams; negative tokens add nothing."""
         found = F.embedding(tokens.clamp(min=0) + self.offsets[:, None], self.embedding.weight)
         x = (found * (tokens >= 0)[..., None]).sum(1)
@@ -209,7 +210,9 @@ class MoshiLM(StreamingModel):
         logits[:, self.config.padding] += bonus
         noise = gumbel(seed, seen, 0, logits.shape[1])
         token = draw(logits, noise, temperature, inputs["top_k"][:, 0])
-        return _forced(inputs["force"][:, 0], token)
+        force = inputs["force"][:, 0]
+        held = torch.where(self._words(token), self.config.end_padding, token)
+        return torch.where(force == HELD, held, _forced(force, token))
 
     def _audio(self, heard: Tensor, text: Tensor, inputs: State, seed: Tensor, seen: Tensor) -> Tensor:
         """``[B, 1 + spoken]``: text and codebooks."""

@@ -1,7 +1,8 @@
 """PersonaPlex's prompts (NVIDIA, a finetune of Moshi): who the model is to be, read before the conversation begins.
 
-https://github.com/NVIDIA/personaplex, ``LMGen.step_system_prompts``: half a second of silence, the text, a token a
-frame, and half a second of silence; all the while the model's own voice is silent, and the user's is a tone.
+https://github.com/NVIDIA/personaplex, ``LMGen.step_system_prompts``: a voice, as sound that the model is made to have
+said without a word; half a second of silence; the text, a token a frame, in silence; and half a second of silence.
+All the while the user's sound is a tone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ TONE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)
 PAUSE = int(0.5 * FRAME_RATE)
 MARK = "<system>"
 LONGEST = 4000  # characters
+LOUDNESS = -24.0  # LUFS of a voice's sound
 
 
 def marked(text: str) -> str:
@@ -28,15 +30,28 @@ def marked(text: str) -> str:
     return text if text.startswith(MARK) and text.endswith(MARK) else f"{MARK} {text} {MARK}"
 
 
-def prompt(tokens: Sequence[int], config: MoshiConfig) -> NDArray[np.int64]:
-    """The tokens of ``marked`` text -> ``[steps, streams]``: what each step samples and hears.
-
-    A step samples what is read at the next one; what is given for the very first is never read. Raises ValueError for
-    a model that has not Moshi's streams.
-    """
+def check(config: MoshiConfig) -> None:
+    """Raises ValueError for a model that has not Moshi's streams."""
     if (config.spoken, config.heard) != (len(SILENCE), len(TONE)) or config.card <= max(*SILENCE, *TONE):
         raise ValueError("this model is not made for prompts: Moshi's 8 codebooks each way are wanted, of 2048 codes")
+
+
+def prompt(
+    tokens: Sequence[int], config: MoshiConfig, voice: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:  # fmt: skip
+    """The tokens of ``marked`` text, and Mimi's codes of a voice, ``[8, frames]``, -> ``[steps, streams]``: what each
+    step samples and hears.
+
+    A step samples what is read at the next one; what is given for the very first is never read. Raises ValueError as
+    ``check`` does.
+    """
+    check(config)
+    said = np.zeros((len(SILENCE), 0), np.int64) if voice is None else voice
     padding = [config.padding] * PAUSE
-    text = np.array([*padding[1:], *tokens, *padding, config.padding], np.int64)
-    codes = np.array([*SILENCE, *TONE], np.int64)
-    return np.concatenate((text[:, None], np.broadcast_to(codes, (len(text), len(codes)))), 1)
+    text = np.array([*[config.padding] * said.shape[1], *padding, *tokens, *padding, config.padding], np.int64)
+    spoken = np.repeat(np.array(SILENCE, np.int64)[:, None], len(text), 1)
+    spoken[:, : said.shape[1]] = said
+    read_at = np.arange(1, len(text))[:, None]
+    frame = np.maximum(read_at - np.array(config.delays[: 1 + len(SILENCE)]), 0)
+    made = np.concatenate((text[None], spoken))[np.arange(len(spoken) + 1), frame]
+    return np.concatenate((made, np.broadcast_to(TONE, (len(made), len(TONE)))), 1)

@@ -32,6 +32,7 @@ from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
 T = TypeVar("T")
 
 LARGEST_BUCKET = 256
+BETWEEN = (48, 80, 96, 112, 160, 192, 224)  # batch sizes beside the powers of two
 
 
 class Engine:
@@ -86,7 +87,7 @@ class Engine:
 
         budget: seconds from a chunk's arrival to its deadline; default the media time of a step.
         variants: those to serve; default all the model has. The first is the default of ``open``.
-        buckets: batch sizes; default powers of two to what the slots need, at least 4 and at most 256.
+        buckets: batch sizes; by default those of ``default_buckets``, at least 4.
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
@@ -239,8 +240,11 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def default_buckets(slots: int, smallest: int = 1) -> tuple[int, ...]:
-    """Powers of two from ``smallest`` to the first that holds all slots, at most 256."""
-    sizes = [smallest]
-    while sizes[-1] < min(slots, LARGEST_BUCKET):
-        sizes.append(sizes[-1] * 2)
-    return tuple(sizes)
+    """Powers of two from ``smallest``, and sizes ``BETWEEN`` the large ones, to the first that holds all slots.
+
+    At most 256. Where a tick's rows come just beyond a size, a step for twice as many would outlast the tick.
+    """
+    powers = {smallest << power for power in range(LARGEST_BUCKET.bit_length())}
+    sizes = sorted(powers | {size for size in BETWEEN if size > smallest})
+    enough = next(index for index, size in enumerate(sizes) if size >= min(slots, LARGEST_BUCKET))
+    return tuple(sizes[: enough + 1])

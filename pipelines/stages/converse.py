@@ -14,6 +14,7 @@ from ...models.moshi.sampling import Sampling
 from ..chunk import Audio, Chunk, Event, Stale, Text
 from ..duplex import Duplex, Monologue, TokenLog, Utterance, restart
 from ..engine import AtCapacity, EngineError, Lease, Row, Snapshot
+from ..script import Script
 from ..stage import Context, Input, Stage, select, stage
 
 Out = tuple[str, Chunk]
@@ -27,13 +28,15 @@ class Converse(Stage):
     When to speak, to stop and to listen is the model's own affair. An interruption from outside drops what it has said
     and nobody has heard yet; the conversation goes on. ``control`` takes events: ``pause`` (hear nothing and say
     nothing, time stands still, and the place in the engine is another's: the conversation waits in the host's memory),
-    ``start`` (go on, as soon as there is a place), ``restart`` (a new conversation), ``cancel`` (interrupt).
+    ``start`` (go on, as soon as there is a place), ``restart`` (a new conversation), ``cancel`` (interrupt), and
+    ``say``: its data's ``text`` is what the model says next, see ``Script``. An interruption and a new conversation
+    drop what is not said yet; no text, or more than may wait, is refused; both are counted.
 
     model: its name in the engine. restart_after: seconds after which the model starts over from the tokens of the last
     ``restart_from`` seconds, every time, as it then does after a pause; None leaves it to its rolling window, and after
-    a pause it goes on exactly. prompt: who the model is to be, for finetunes that take prompts (PersonaPlex). The other
-    options are those of ``Sampling``; what is left out is the checkpoint's own, seeds are drawn. Raises ValueError,
-    naming the option.
+    a pause it goes on exactly. prompt, voice: who the model is to be, and the name of the voice that it is to have, for
+    finetunes that take prompts (PersonaPlex; see ``Duplex.prompt``). The other options are those of ``Sampling``; what
+    is left out is the checkpoint's own, seeds are drawn. Raises ValueError, naming the option.
     """
 
     name = "converse"
@@ -54,6 +57,7 @@ class Converse(Stage):
         restart_after: float | None = None,
         restart_from: float = 120.0,
         prompt: str = "",
+        voice: str = "",
     ) -> None:
         options: dict[str, Any] = {
             "text_temperature": text_temperature,
@@ -70,7 +74,8 @@ class Converse(Stage):
         Sampling(**self.options)
         if restart_after is not None and not 0 < restart_from < restart_after:
             raise ValueError(f"restart_after={restart_after:g}: longer than restart_from={restart_from:g} seconds")
-        self.model, self.restart_after, self.restart_from, self.prompt = model, restart_after, restart_from, prompt
+        self.model, self.restart_after, self.restart_from = model, restart_after, restart_from
+        self.prompt, self.voice = prompt.strip(), voice
 
     async def run(self, ctx: Context, audio: Input, control: Input) -> AsyncIterator[Out]:
         """See the class."""
@@ -82,7 +87,7 @@ class Converse(Stage):
         constant = model.inputs(dataclasses.replace(model.lm.config.sampling, **self.options))
         kept = max(1, round(self.restart_from / model.tick(1)))
         restart_at = None if self.restart_after is None else round(self.restart_after / model.tick(1))
-        log = TokenLog(kept, model.prompt(self.prompt) if self.prompt.strip() else None)
+        log = TokenLog(kept, model.prompt(self.prompt, self.voice) if self.prompt or self.voice else None)
         place = ctx.own(_Place(ctx, self.model, model, log, logs=restart_at is not None))
         await place.take()
         frames, said = Frames(model), _Said(model)
@@ -99,6 +104,10 @@ class Converse(Stage):
                         yield "said", text
                 elif chunk.name == "cancel":
                     ctx.interrupt()
+                elif chunk.name == "say":
+                    line = chunk.data.get("text")
+                    if ctx.stale or not isinstance(line, str) or not place.script.add(line):
+                        ctx.count("says_refused")
                 continue
             if not isinstance(chunk, Audio):
                 raise TypeError(f"converse takes audio and control events, got {chunk}")
@@ -124,13 +133,14 @@ class _Place:
     """A conversation's place in the engine, which may be given away and taken again.
 
     Meanwhile its state is kept in the host's memory, or if it ``logs`` its tokens, these alone, which are few. steps:
-    frames since it began, or began with the log.
+    frames since it began, or began with the log. script: what is to be said.
     """
 
     def __init__(self, ctx: Context, name: str, model: Duplex, log: TokenLog, *, logs: bool) -> None:
         self._ctx, self._name, self._model, self._log, self._logs = ctx, name, model, log, logs
         self._lease: Lease | None = None
         self._parked: Snapshot | None = None
+        self.script = Script(model.tokenizer, model.lm.config)
         self.steps = 0
 
     async def take(self) -> None:
@@ -165,7 +175,11 @@ class _Place:
     async def step(self, inputs: Mapping[str, Any]) -> Row:
         """The next frame. Raises Stale."""
         assert self._lease is not None
+        if saying := len(self.script):
+            inputs = {**inputs, "force": np.array([self.script.force, *inputs["force"][1:]], np.int64)}
         row = await self._lease.step(inputs)
+        if saying:
+            self.script.advance(int(row["sampled"][0]))
         self.steps += 1
         if self._logs:
             self._log.add(row["sampled"], row["heard"])
@@ -179,6 +193,7 @@ class _Place:
     async def reset(self) -> None:
         """Forget everything but the prompt."""
         self._parked = None
+        self._drop_script()
         self._log.clear()
         if self._lease is not None:
             self._lease.reset()
@@ -189,8 +204,13 @@ class _Place:
         if self._log:
             await restart(self._model, lease, self._log)
 
+    def _drop_script(self) -> None:
+        if dropped := self.script.clear():
+            self._ctx.count("tokens_unsaid", dropped)
+
     def fence(self, epoch: int) -> None:
         """See ``Context.own``."""
+        self._drop_script()
         if self._lease is not None:
             self._lease.fence(epoch)
 

@@ -40,7 +40,7 @@ def random() -> Random:
 def run(folder: Path, kinds: list[str], dtype: str) -> dict[str, Any]:
     """The numbers of a run on the CPU."""
     sizes = ["--hops", "5", "10", "20", "--left", "40", "--bursts", "4", "12", "--prefill", "8", "32"]
-    rows = ["--frames", "40", "20", "10", "--flow-rows", "2", "--vocoder-rows", "2", "--batches", "1", "2"]
+    rows = ["--frames", "40", "20", "10", "--flow-rows", "2", "--vocoder-rows", "2", "--batches", "1", "2", "4"]
     load = ["--sessions", "2", "--rounds", "2", "--seconds", "1.5", "--warm", "0.5", "--limit", "5000"]
     rest = ["--device", "cpu", "--dtype", dtype, "--reference-rounds", "1", "--results", str(folder)]
     speech.main(["--kinds", *kinds, *sizes, *rows, *load, *rest])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from websockets.asyncio.client import connect
 
-from antiphon.codecs import mimi_checkpoint
+from antiphon.codecs import audio_file, mimi_checkpoint
 from antiphon.codecs.ogg import OggOpusReader, OggOpusWriter
 from antiphon.models.files import CheckpointError
 from antiphon.models.moshi import checkpoint
@@ -26,7 +26,7 @@ from antiphon.pipelines.stages.converse import Converse
 from .running import server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from tiny_duplex import SMALLEST, tiny_lm, tiny_mimi, tokenizer_bytes, write_smallest
+from tiny_duplex import SMALLEST, tiny_lm, tiny_mimi, tokenizer_bytes, write_persona, write_smallest
 from tiny_moshi import SETTINGS
 
 FRAME, RATE = 1920, 24000
@@ -85,7 +85,7 @@ def test_what_a_dialogue_remembers(tmp_path: Path) -> None:
     assert serve.Memory(sinks=1).graph(GRAPHS["captions"]) is GRAPHS["captions"]
     with pytest.raises(serve.CommandError, match="--restart-after goes with --graph converse"):
         memory.graph(GRAPHS["captions"])
-    with pytest.raises(ValueError, match="--kv-fp8 go with a dialogue model"):
+    with pytest.raises(ValueError, match="--kv-fp8 and --voice-prompts go with a dialogue model"):
         serve._engine(GRAPHS["captions"]({}), None, "cpu", None, None, 1, serve.Memory(fp8=True))
 
 
@@ -95,6 +95,26 @@ def test_a_model_that_takes_prompts_can_read_them(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_bytes())
     assert duplex.load(tmp_path).variants == (1, duplex.PREFILL)
     assert duplex.load(tmp_path, prefill=1).variants == (1,)
+
+
+def test_voices_that_calls_may_name(tmp_path: Path) -> None:
+    folder, clips = str(write_persona(tmp_path / "model")), tmp_path / "clips"
+    clips.mkdir()
+    pcm = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+    for name in ("NATF2.wav", "hal.flac"):
+        audio_file.write(clips / name, pcm, RATE)
+    graph = GRAPHS["converse"]({})
+    engine, _, about = serve._engine(graph, folder, "cpu", None, None, 1, serve.Memory(), clips)
+    try:
+        assert about["voice_prompts"] == ["NATF2", "hal"]
+        assert {*engine.model("converse").voices} == {"NATF2", "hal"}
+    finally:
+        engine.close()
+    smallest = str(write_smallest(tmp_path / "other"))
+    with pytest.raises(ValueError, match="takes no prompts"):
+        serve._engine(graph, smallest, "cpu", None, None, 1, serve.Memory(), clips)
+    with pytest.raises(ValueError, match="--voice-prompts go with a dialogue model"):
+        serve._engine(GRAPHS["captions"]({}), None, "cpu", None, None, 1, serve.Memory(), clips)
 
 
 def test_a_folder_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:

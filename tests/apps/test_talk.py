@@ -22,7 +22,7 @@ from . import test_listen
 from .test_listen import Antiphon, LoopClock, Talking
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
-from tiny_duplex import write_smallest
+from tiny_duplex import write_persona, write_smallest
 
 RATE, FRAME = 24000, 1920
 antiphon = test_listen.antiphon
@@ -96,6 +96,34 @@ def test_a_recording_is_talked_with(antiphon: Antiphon, model: Path, said: np.nd
     np.testing.assert_array_equal(longer[1, : 21 * FRAME], reply)
 
 
+def test_a_model_of_somebodys_voice(portaudio: Room, antiphon: Antiphon, said: np.ndarray, tmp_path: Path) -> None:
+    """A text and a voice change what is said, to a recording as at the microphone."""
+    persona, clip = write_persona(tmp_path / "model"), tmp_path / "hal.wav"
+    audio_file.write(tmp_path / "in.wav", said, RATE)
+    audio_file.write(clip, 0.1 * np.random.default_rng(1).standard_normal(RATE).astype(np.float32), RATE)
+    chosen = {
+        "plain": (),
+        "text": ("--text-prompt", "so it goes"),
+        "both": ("--text-prompt", "so it goes", "--voice-prompt", clip),
+        "voice": ("--voice-prompt", clip),
+    }
+    replies = {}
+    for name, options in chosen.items():
+        file = tmp_path / f"{name}.wav"
+        common = ("talk", "--model", persona, "--seed", "3", *options)
+        status, _, err = antiphon(*common, "--file", tmp_path / "in.wav", "-o", file)
+        assert status == 0, err
+        replies[name] = both(file)[1].tobytes()
+    assert len(set(replies.values())) == len(chosen)
+    status, _, err = antiphon(*common, "--seconds", "0.8", "--record", tmp_path / "live.wav")
+    assert status == 0, err
+    live, offline = both(tmp_path / "live.wav")[1], both(tmp_path / "voice.wav")[1]
+    frames = len(live) // FRAME - 1
+    assert frames >= 8
+    # The first is said to nothing heard yet, the last may be cut.
+    np.testing.assert_allclose(live[: (frames - 1) * FRAME], offline[: (frames - 1) * FRAME], atol=1e-4)
+
+
 def test_at_the_microphone(
     portaudio: Room,
     antiphon: Antiphon,
@@ -147,6 +175,8 @@ def test_devices_without_the_models_rate(portaudio: Room, antiphon: Antiphon, mo
         (["--model", "nonsense"], "no folder or checkpoint 'nonsense'; known are"),
         (["--top-k", "9999"], "audio_top_k is 9999; it goes from 0 to 512"),
         (["--compute", "warp"], "no device 'warp'"),
+        (["--voice-prompt", "none.wav"], "--voice-prompt none.wav: no such file"),
+        (["--text-prompt", "be wise"], "takes no prompts"),
     ],
 )
 def test_wrong_use_is_one_line(

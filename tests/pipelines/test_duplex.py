@@ -18,6 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import itertools
 
+from conversing import FRAME, RATE, converse, engine, graph, noise, persona, sounds
 from tiny_duplex import smallest_duplex, tiny_duplex, tokenizer_bytes
 from tiny_moshi import GREEDY, WINDOW, Live
 
@@ -29,17 +30,10 @@ from antiphon.pipelines.chunk import Audio, Chunk, Event, Text
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.duplex import Duplex, Monologue, TokenLog, restart
 from antiphon.pipelines.engine import Engine, Lease
-from antiphon.pipelines.graph import Graph
-from antiphon.pipelines.stage import Inlet
 from antiphon.pipelines.stages.converse import Converse
 
-RATE, FRAME = 24000, 1920
 FRAMES = 2 * WINDOW
 HOT = Sampling(0.9, 20, 1.0, 15, text_seed=1, audio_seed=2)
-
-
-def noise(frames: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return (0.1 * np.random.default_rng(seed).standard_normal((frames, FRAME))).astype(np.float32)
 
 
 def batched(model: Duplex, sampling: Sampling, rows: int) -> dict[str, Tensor]:
@@ -79,12 +73,6 @@ def _whole() -> Any:
     from antiphon.codecs.mimi import Whole
 
     return Whole()
-
-
-def engine(model: Duplex | None = None, slots: int = 4, **options: Any) -> Engine:
-    made = Engine(inline=True, inbox=64, **options)
-    made.add("converse", model or tiny_duplex(prefill=4), slots=slots)
-    return made
 
 
 def play(
@@ -159,50 +147,6 @@ def test_restart_from_recent_codes_is_a_conversation_that_began_with_them() -> N
 
 
 # ---------------------------------------------------------------- the stage
-
-
-def graph(**options: Any) -> Graph:
-    audio, control = Inlet().named("audio"), Inlet().named("control")
-    talk = Converse(**{"text_seed": 1, "audio_seed": 2} | options)
-    return (audio >> talk) | (control >> talk["control"])
-
-
-def converse(
-    sound: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
-    events: dict[int, str] | None = None,
-    rate: int = RATE,
-    model: Duplex | None = None,
-    **options: Any,
-) -> list[Chunk]:
-    """What comes out of the graph when the pieces of sound go in in real time, and events before some of them."""
-
-    async def main() -> list[Chunk]:
-        made: list[Chunk] = []
-        with engine(model, clock=VirtualClock()) as models:
-            async with graph(**options).session(engine=models) as session:
-
-                async def read() -> None:
-                    async for chunk in session.outputs():
-                        made.append(chunk)
-
-                reader = asyncio.create_task(read())
-                start = 0
-                for number, pcm in enumerate(sound):
-                    if name := (events or {}).get(number):
-                        await session.send(Event(name=name, rate=rate, start=start), "control")
-                        await session.clock.sleep(0.001)
-                    await session.send(Audio(samples=pcm, rate=rate, start=start), "audio")
-                    start += len(pcm)
-                    await session.clock.sleep(len(pcm) / rate)
-                session.finish()
-                await reader
-        return made
-
-    return run_virtual(main())
-
-
-def sounds(chunks: Sequence[Chunk]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.concatenate([chunk.samples for chunk in chunks if isinstance(chunk, Audio)])
 
 
 def test_sound_goes_in_in_any_pieces() -> None:
@@ -313,10 +257,6 @@ def test_a_long_session_may_start_over_from_its_last_codes() -> None:
     assert len(restarted) == len(rolled)
     assert np.array_equal(restarted[: 18 * FRAME], rolled[: 18 * FRAME])
     assert not np.array_equal(restarted, rolled)
-
-
-def persona() -> Duplex:
-    return tiny_duplex(prefill=4, card=2048, mimi={"bins": 2048})
 
 
 def test_a_prompt_is_read_before_the_conversation() -> None:

@@ -107,3 +107,12 @@ def write_smallest(folder: Path) -> Path:
     mimi_checkpoint.save(folder / "mimi", tiny_mimi(ratios=(32, 30), **SMALLEST_MIMI))
     (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
     return folder
+
+
+def write_persona(folder: Path) -> Path:
+    """A model of PersonaPlex's streams and codes, as files."""
+    changes: dict[str, Any] = {"card": 2048, "context": 64, "num_layers": 1, "depformer_num_layers": 1}
+    checkpoint.save(folder, tiny_lm(**changes), SETTINGS | changes | {"model_type": "personaplex", "version": "1"})
+    mimi_checkpoint.save(folder / "mimi", tiny_mimi(bins=2048))
+    (folder / "tokenizer.model").write_bytes(tokenizer_bytes())
+    return folder

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import datetime
 import hashlib
-import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from starlette.websockets import WebSocket
 
 from ...codecs.g711 import decode
 from ...pipelines.chunk import Event, Text
+from .. import json_text
 from ..call import Call
 from ..service import ConnectionLost, Full, Service
 from ..websocket import ERROR, Socket
@@ -267,8 +267,8 @@ class _Stream:
 
 def _type(text: str) -> str:
     try:
-        message = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        message = json_text.parse(text)
+    except ValueError:
         raise ValueError("not JSON: a text message is an object with a type") from None
     return str(message.get("type")) if isinstance(message, dict) else ""
 

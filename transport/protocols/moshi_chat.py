@@ -43,6 +43,7 @@ OPTIONS: Mapping[str, tuple[str, type]] = {
     "repetition_penalty": ("penalty", float),
     "repetition_penalty_context": ("penalty_context", int),
     "text_prompt": ("prompt", str),
+    "voice_prompt": ("voice", str),
 }
 
 

@@ -7,7 +7,6 @@ many samples have arrived, continues there, and gets the events that it missed: 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from ...pipelines.chunk import Audio, Event, Text
+from .. import json_text
 from ..call import Call, Item, NoInlet, TakenOver
 from ..service import ConnectionLost, Service
 from ..websocket import Socket
@@ -151,8 +151,8 @@ class _Plain:
 async def obey(call: Call, text: str) -> None:
     """A client's JSON message. Raises ValueError and NoInlet."""
     try:
-        message = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        message = json_text.parse(text)
+    except ValueError:
         raise ValueError("not JSON: a text message is an object with a type") from None
     kind = message.get("type") if isinstance(message, dict) else None
     if kind == "control":

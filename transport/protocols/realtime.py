@@ -20,6 +20,7 @@ from starlette.websockets import WebSocket
 from ...pipelines.chunk import Audio, Event, Text
 from ...pipelines.stage import StageError
 from ...pipelines.turn_taking import TurnSettings
+from .. import json_text
 from ..call import Call, CallError, Item
 from ..service import ConnectionLost, Full, Service
 from ..websocket import ERROR, NORMAL, POLICY, TRY_LATER, Socket
@@ -80,10 +81,10 @@ class Realtime:
         event_id = None
         try:
             try:
-                message = json.loads(text)
+                message = json_text.parse(text)
                 if "\\u" in text:
                     json.dumps(message, ensure_ascii=False).encode()  # half a surrogate pair could not be sent back
-            except (ValueError, RecursionError):
+            except ValueError:
                 raise BadEvent("the event is not JSON: send one JSON object a message", "invalid_json") from None
             if not isinstance(message, dict):
                 raise BadEvent('the event is no JSON object: send {"type": ...}', "invalid_json")

@@ -12,7 +12,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from starlette.websockets import WebSocket
 from ...codecs.g711 import RATE, decode, encode
 from ...codecs.resample import Resampler
 from ...pipelines.chunk import Audio, Event
+from .. import json_text
 from ..call import Call
 from ..service import ConnectionLost, Service
 from ..websocket import UNSUPPORTED, Socket
@@ -96,8 +96,8 @@ async def _receive(socket: Socket) -> tuple[str, dict[str, Any]] | None:
     if message is None:
         return None
     try:
-        parsed = json.loads(message)
-    except (ValueError, RecursionError):
+        parsed = json_text.parse(message)
+    except ValueError:
         raise BadMessage("a message is not JSON") from None
     event = parsed.get("event") if isinstance(parsed, dict) else None
     if not isinstance(event, str):

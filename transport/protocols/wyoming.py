@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...pipelines.chunk import Text
+from .. import json_text
 from ..call import Call
 from ..service import Service
 from .common import RATES, TOLD, foreign, from_pcm16, refusal, until_one_ends, whole
@@ -193,8 +194,8 @@ def _rate(event: WyomingEvent) -> int:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(line)
-    except (ValueError, RecursionError):
+        parsed = json_text.parse(line)
+    except ValueError:
         raise BadEvent("an event is not JSON") from None
     if not isinstance(parsed, dict):
         raise BadEvent("an event is not a JSON object")

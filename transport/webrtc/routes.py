@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ...pipelines.stage import StageError
+from .. import json_text
 from ..call import CallError, Item, TakenOver
 from ..protocols import plain
 from ..protocols.common import refusal
@@ -344,8 +345,8 @@ async def _form(request: Request) -> tuple[str, dict[str, Any] | None]:
 
 def _json(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json_text.parse(text)
+    except ValueError:
         raise BadRequest(400, f"{name} is not JSON: send an object") from None
     if not isinstance(value, dict):
         raise BadRequest(400, f"{name} is not a JSON object")

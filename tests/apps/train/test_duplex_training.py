@@ -23,6 +23,7 @@ from antiphon.apps.train.duplex import DuplexTraining, Recipe, codes_of, setting
 from antiphon.apps.train.duplex_card import LARGEST, export, write_card
 from antiphon.apps.train.duplex_eval import Call, Cast, Model, converse
 from antiphon.apps.train.run import RUN
+from antiphon.codecs import mimi_checkpoint
 from antiphon.codecs.mimi import Mimi, MimiConfig
 from antiphon.models.moshi import checkpoint
 from antiphon.models.moshi.config import UNSET, read_config
@@ -109,7 +110,7 @@ def test_what_is_heard_is_spoilt_a_little(bank: Bank, tokenizer: bytes, codec: M
     assert torch.equal(spoilt, run._spoilt(codes, 3))
     assert not torch.equal(spoilt, run._spoilt(codes, 4))
     assert torch.equal(spoilt[:, : 1 + config.spoken], codes[:, : 1 + config.spoken])
-    assert 0.07 < (spoilt != codes)[:, 1 + config.spoken :].float().mean() < 0.13
+    assert 0.03 < (spoilt != codes)[:, 1 + config.spoken :].float().mean() < 0.07
 
 
 def test_dialogues_are_drawn_a_few_times_and_then_make_room(
@@ -257,3 +258,27 @@ def test_the_card_tells_what_went_in_and_how_it_behaves(
     monkeypatch.setattr(duplex_card, "LARGEST", 1000)
     with pytest.raises(ValueError, match="1,000 at most"):
         export(tmp_path / "large", run.lm, codec, tokenizer, lm_settings, facts)
+
+
+def test_a_refined_decoder_ships_if_its_codes_are_the_same(
+    bank: Bank, tokenizer: bytes, codec: Mimi, tmp_path: Path
+) -> None:
+    run = training(bank, tokenizer, codec, tmp_path)
+    facts = {**run.settings, "command": ["x"], "steps": 7, "measured": {}, "bank": bank.summary()}
+    (tmp_path / RUN).write_text(json.dumps(facts))
+    export(tmp_path / "model", run.lm, codec, tokenizer, settings(Encode(tokenizer).size, codec, **SMALL), facts)
+    refined = mimi_checkpoint.load(tmp_path / "model" / "mimi")
+    with torch.no_grad():
+        refined.decoder.seanet.last.weight.mul_(0.5)
+    mimi_checkpoint.save(tmp_path / "refined" / "codec", refined)
+    more = {"command": ["x"], "recipe": {}, "measured": {"mel": 0.5}, "seed": 0, "steps": 11}
+    (tmp_path / "refined" / RUN).write_text(json.dumps(more))
+    duplex_card.main(tmp_path, tmp_path / "shipped", refined=tmp_path / "refined")
+    assert "codec_refine" in (tmp_path / "shipped" / "README.md").read_text()
+    shipped = mimi_checkpoint.load(tmp_path / "shipped" / "mimi").decoder.seanet.last.weight
+    assert torch.equal(shipped, refined.decoder.seanet.last.weight)
+    with torch.no_grad():
+        refined.encoder.seanet.first.weight.mul_(2)
+    mimi_checkpoint.save(tmp_path / "refined" / "codec", refined)
+    with pytest.raises(ValueError, match="makes other codes"):
+        duplex_card.main(tmp_path, tmp_path / "again", refined=tmp_path / "refined")

@@ -342,8 +342,10 @@ def test_a_snapshot_goes_on_in_another_engine_with_the_voice_in_another_row(engi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("limits", [WIDE, replace(ROLLING, hops=(10,))], ids=["exact", "rolling"])
-def test_replayed_graphs_give_the_offline_frames(limits: FlowLimits) -> None:
-    model = streaming(limits, dtype=torch.float32, together=None)
+@pytest.mark.parametrize("head", [8, 16], ids=["plain", "kernels"])
+def test_replayed_graphs_give_the_offline_frames(head: int, limits: FlowLimits) -> None:
+    config = replace(TINY, unet_head_width=head)
+    model = streaming(limits, config, torch.float32, together=None)
     speeches = [Speech.of(prompt, length, dtype=torch.float32) for prompt, length in ((18, 47), (0, 31), (7, 60))]
     with Engine("cuda") as engine:
         engine.add("flow", model, slots=4, buckets=(4,))
@@ -353,7 +355,7 @@ def test_replayed_graphs_give_the_offline_frames(limits: FlowLimits) -> None:
             lease = engine.open_sync("flow")
             frames = torch.cat([lease.step_sync(hop.inputs)["mel"][hop.skip : hop.frames].clone() for hop in steps])
             mask = Mask(CHUNK, starts(voice, steps), voice.shared, limits.left if limits.rolling else None)
-            assert (frames - speech.offline(network(dtype=torch.float32), mask)).abs().max() < 1e-3
+            assert (frames - speech.offline(network(config, torch.float32), mask)).abs().max() < 1e-3
 
 
 def test_prompts_are_cached_once_and_shared() -> None:

@@ -12,45 +12,48 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from antiphon.models.layers import triton_windows as convolving
+from antiphon.models.cosyvoice import triton_euler as euler
+from antiphon.models.layers import triton_conv as conv
 from antiphon.models.layers import triton_draw as drawing
 from antiphon.models.layers import triton_few as multiplying
 from antiphon.models.layers import triton_fused as fused
+from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_nearest as searching
 from antiphon.models.layers import triton_ring as ring
+from antiphon.models.layers import triton_segments as segments
+from antiphon.models.layers import triton_windows as windows
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
-    **dict.fromkeys(("slots", "target", "seen", "count", "top_k", "token", "codes"), "*i64"),
+    **dict.fromkeys(
+        ("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared", "length", "codes"), "*i64"
+    ),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
-    **dict.fromkeys(("scores", "book", "left"), "*fp32"),
-    **dict.fromkeys(("scale", "eps"), "fp32"),
+    **dict.fromkeys(("sample", "mu", "scores", "book", "left"), "*fp32"),
+    **dict.fromkeys(("scale", "eps", "guidance"), "fp32"),
     "slot_stride": "i64",
     "started": "*i1",
 }
-FLOATS = ("heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache")
-CONVOLVED = ("x", "branch", "memory", "out", "parts", "bias", "rest", "weight")
+FLOATS = (
+    "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
+    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory", "rest",
+)  # fmt: skip
 
 
-def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) -> int:
-    """Loads and stores of registers that found no room. kind: dtype of the rings."""
+def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "bf16", **sizes: Any) -> int:
+    """Loads and stores of registers that found no room. kind: dtype of the rings; floats: of all else."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
-    signature |= {name: "*bf16" for name in FLOATS if name in signature}
-    if "ring" in signature:
-        signature["ring"] = f"*{kind}"
-    if kernel is multiplying._few:
-        signature |= dict.fromkeys(("x", "weight", "bias", "out"), "*fp32")
-    if kernel is searching._nearest:
-        signature["x"] = "*fp32"
+    signature |= {name: f"*{floats}" for name in FLOATS if name in signature}
+    signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
     if kernel is fused._add_norm:
         signature["scale"] = "*bf16"
-    if kernel in (convolving._windows, convolving._single, convolving._overlap):
-        signature |= {name: "*fp32" for name in CONVOLVED if name in signature}
-        if "total" in signature:
-            signature["total"] = "i32"
-        if "total" in signature:
-            signature["total"] = "i32"
+    if kernel is windows._windows:
+        signature["total"] = "i32"
+    if kernel is windows._overlap:
+        signature["parts"] = f"*{floats}"
+    if kernel is euler._move:
+        signature |= {"step": "fp32", "out": "*fp32"}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
@@ -67,13 +70,19 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, **sizes: Any) ->
 MOSHI = {"KEYS": 32, "GROUP": 1, "WIDTH": 128, "PIECE": ring.PIECE, "FAR": False, "JOIN": True}
 MIMI = {"KEYS": 8, "GROUP": 1, "WIDTH": 64, "PIECE": ring.SHORT, "FAR": False, "JOIN": True}
 QWEN = {"KEYS": 2, "GROUP": 7, "WIDTH": 64, "PIECE": ring.PIECE, "FAR": True, "JOIN": True}
-CONVOLVING = {"BRANCH": True, "ELU": True}
-WINDOWS = {"EARLY": 2, "PAST": 1, "DILATED": True, "REPLICATE": True, **CONVOLVING}
+SUM = {"floats": "fp32", "BRANCH": True, "ELU": True}
+WINDOWS = {"EARLY": 2, "PAST": 1, "DILATED": True, "REPLICATE": True, **SUM}
+FLOW = {"HEADS": 8, "WIDTH": 64, "BRANCHES": 2, "ROLLING": True}
 STORE = {"WIDTH": 128, "BLOCK": ring.HEADS, "TURN": True, "HALF": False, "FAR": True, "COUNT": True}
 
 
 def sized(kernel: Any, kind: str, setting: dict[str, int], **sizes: Any) -> int:
     return spills(kernel, kind, setting["num_warps"], setting["num_stages"], BLOCK=setting["BLOCK"], **sizes)
+
+
+def normed(width: int, bytes_: int) -> dict[str, int]:
+    setting = linear.sizes(width, bytes_)
+    return setting | {"warps": setting.pop("num_warps")}
 
 
 found = {
@@ -87,19 +96,34 @@ found = {
     "add and norm": spills(fused._add_norm, "bf16", 16, BLOCK=4096, ADD=True, SCALE=True, LAYER=True),
     "gated": spills(fused._gated, "bf16", 4, BLOCK=1024),
     **{
-        f"windows by {block}": spills(convolving._windows, "", block // 256, BLOCK=block, **WINDOWS)
-        for block in (convolving.BLOCK, convolving.FAR)
+        f"windows by {block}": spills(windows._windows, "", block // 256, BLOCK=block, **WINDOWS)
+        for block in (windows.BLOCK, windows.FAR)
     },
-    "one output": spills(
-        convolving._single, "", 4, KERNEL=3, WIDTH=64, STEPS=convolving.STEPS, PAST=128, **CONVOLVING, BIAS=True
-    ),
-    "overlap": spills(convolving._overlap, "", 4, BLOCK=convolving.BLOCK, BIAS=True),
+    "one output": spills(windows._single, "", 4, KERNEL=3, WIDTH=64, STEPS=windows.STEPS, PAST=128, **SUM, BIAS=True),
+    "overlap": spills(windows._overlap, "", 4, floats="fp32", BLOCK=windows.BLOCK, BIAS=True),
     **{
-        f"few rows of {inputs}": spills(multiplying._few, "", size.pop("num_warps"), **size, BIAS=True)
+        f"few rows of {inputs}": spills(multiplying._few, "", size.pop("num_warps"), floats="fp32", **size, BIAS=True)
         for inputs, size in ((inputs, multiplying.sizes(inputs)) for inputs in (512, multiplying.LONGEST))
     },
-    "nearest": spills(searching._nearest, "", 4, BINS=2048, WIDTH=256),
+    "nearest": spills(searching._nearest, "", 4, floats="fp32", BINS=2048, WIDTH=256),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
+    **{
+        f"{floats} norm and product of {width}": spills(
+            linear._norm_linear, "", **normed(width, bytes_), floats=floats, ADD=True, BIAS=True, GELU=True
+        )
+        for floats, bytes_ in (("bf16", 2), ("fp32", 4))
+        for width in (256, 512)
+    },
+    **{
+        f"{floats} attend {kind} segments by {queries}": sized(
+            segments._attend, kind, segments.SETTINGS[bytes_], **FLOW, floats=floats, QUERIES=queries
+        )
+        for floats, kind, bytes_ in (("bf16", "bf16", 2), ("bf16", "fp8e4nv", 2), ("fp32", "fp32", 4))
+        for queries in {16, segments.MOST[bytes_]}
+    },
+    "inputs of an Euler step": spills(euler._inputs, "bf16", 1, BLOCK=128, RATE=2),
+    "move of an Euler step": spills(euler._move, "", 4, BLOCK=1024),
+    "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{
         f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
         for size in map(drawing.sizes, (2048, drawing.WIDEST))

@@ -10,9 +10,10 @@ import torch
 from tiny_moshi import CARD, GREEDY, STREAMS, TEXT, WINDOW, Live, tiny_lm, user_codes
 from torch import Tensor
 
-from antiphon.models.moshi.config import UNSET, ZERO
+from antiphon.models.moshi.config import HELD, UNSET, ZERO
 from antiphon.models.moshi.lm import MoshiLM
 from antiphon.models.moshi.sampling import Sampling
+from antiphon.models.streaming import State
 from antiphon.pipelines.engine import Engine, Lease
 
 FRAMES = 3 * WINDOW
@@ -219,3 +220,27 @@ def test_slots_and_order_change_nothing(together: dict[str, list[dict[str, Tenso
 
 def test_a_move_in_the_middle_of_a_call_changes_nothing(together: dict[str, list[dict[str, Tensor]]]) -> None:
     assert same(together, play(engine(), "abcdef", moves=(4, 20)))
+
+
+def test_held_text_begins_no_word() -> None:
+    """What would be a word ends the padding instead, padding stays, and the sound goes with that."""
+    lm = tiny_lm()
+    codes, held, live = user_codes(4, 30), torch.full((4, 9), UNSET), Live(lm)
+    held[::2, 0] = HELD
+    hot = Sampling(text_temperature=3.0, audio_temperature=0.0)
+    seen: set[int] = set()
+    for frame in range(30):
+        before = live.state
+
+        def step(force: Tensor | None, heard: Tensor = codes[..., frame], state: State = before) -> Tensor:
+            live.state = {name: value.clone() for name, value in state.items()}
+            return live.step(heard, hot, force)["sampled"]
+
+        drawn, forced = step(None), held.clone()
+        forced[::2, 0] = torch.where(drawn[::2, 0] == lm.config.padding, lm.config.padding, lm.config.end_padding)
+        expected = step(forced)
+        assert torch.equal(step(held), expected)
+        assert torch.equal(expected[1::2], drawn[1::2])
+        seen |= {*drawn[::2, 0].tolist()}
+    assert lm.config.padding in seen
+    assert len(seen) > 3

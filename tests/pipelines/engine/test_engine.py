@@ -13,6 +13,7 @@ import pytest
 import torch
 from toy_models import Breaks, Null, Solver, Toy
 
+from antiphon.apps.bench.load import run_load
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import (
     AtCapacity,
@@ -24,6 +25,7 @@ from antiphon.pipelines.engine import (
     Lease,
     Stale,
     StepFailed,
+    default_buckets,
 )
 from antiphon.pipelines.engine.core import Core
 from antiphon.pipelines.engine.cuda import held
@@ -502,3 +504,35 @@ def test_what_a_model_holds_is_found_for_a_graph_to_keep() -> None:
     places = [tensor.data_ptr() for tensor in held(model)]
     expected = [*model.parameters(), model.conv.made[0], model.conv.made[1]["later"][0]]
     assert sorted(places) == sorted(tensor.data_ptr() for tensor in expected)
+
+
+def test_batch_sizes_go_up_to_what_the_slots_need() -> None:
+    assert default_buckets(1) == (1,)
+    assert default_buckets(5) == (1, 2, 4, 8)
+    assert default_buckets(3, 4) == (4,)
+    assert default_buckets(40, 4) == (4, 8, 16, 32, 48)
+    assert default_buckets(70, 4) == (4, 8, 16, 32, 48, 64, 80)
+    assert default_buckets(1000, 4) == default_buckets(256, 4)
+    assert default_buckets(256, 4)[-5:] == (128, 160, 192, 224, 256)
+    assert default_buckets(256, 64)[:2] == (64, 80)
+
+
+def test_sessions_just_beyond_a_batch_size_do_not_break_the_rhythm() -> None:
+    """Full-duplex frames of 80 ms at the step times of an H200 (apps/bench/results/duplex_cuda.json): with powers of
+    two alone, 128 sessions would step for 128 where 70 are ready, and be late for good."""
+    sizes, seconds = zip(*((1, 0.009), (16, 0.014), (32, 0.0195), (64, 0.030), (128, 0.046), (256, 0.080)), strict=True)
+
+    def late(buckets: tuple[int, ...]) -> float:
+        async def main() -> float:
+            cost = lambda model, variant, bucket: float(np.interp(bucket, sizes, seconds))  # noqa: E731
+            with Engine(clock=VirtualClock(), inline=True, cost=cost, limit=1e9) as engine:
+                engine.add("frames", Null(), slots=128, buckets=buckets, exact=False)
+                load = await run_load(
+                    engine, "frames", "only", 0.08, 128, lambda *_: x(0), seconds=3, warm=1, seed=1, jitter=0.005
+                )
+            return float(load.summary()["late"])
+
+        return run_virtual(main())
+
+    assert late(default_buckets(128)) == 0
+    assert late((1, 2, 4, 8, 16, 32, 64, 128)) > 0.1

@@ -25,6 +25,7 @@ from antiphon.transport.service import Service
 from .serving import serving
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
+from conversing import persona
 from tiny_duplex import smallest_duplex
 
 FRAME = 1920
@@ -178,7 +179,38 @@ def test_bad_queries_are_told(engine: Engine, query: str, told: str) -> None:
 def test_kyutais_query_parameters() -> None:
     query = {"text_topk": "25", "pad_mult": "-0.5", "repetition_penalty": "1.1", "worker_auth_id": "1"}
     assert options_of(query) == {"text_top_k": 25, "padding_bonus": -0.5, "penalty": 1.1}
+    assert options_of({"voice_prompt": "NATF2.pt"}) == {"voice": "NATF2.pt"}
     assert options_of({"text_prompt": "You are wise. " * 20}) == {"prompt": "You are wise. " * 20}
+
+
+def test_a_voice_for_each_call() -> None:
+    """By the names that PersonaPlex's page sends; an unknown one is told which there are."""
+    model = persona(context=64)
+    for seed, name in enumerate(("NATF2", "NATM1")):
+        model.add_voice(name, (0.1 * np.random.default_rng(seed).standard_normal(RATE)).astype(np.float32))
+
+    async def run(engine: Engine) -> None:
+        async with chatting(engine) as (service, url):
+
+            async def one(voice: str) -> bytes:
+                async with connect(f"{url}?text_seed=1&audio_seed=1&text_prompt=yes{voice}") as ws:
+                    assert await receive(ws) == b"\0"
+                    return (await talk(ws, speech(6), 5))[0].tobytes()
+
+            voices = ("&voice_prompt=NATF2.pt", "&voice_prompt=NATM1.pt", "", "&voice_prompt=NATF2")
+            said = await asyncio.gather(*map(one, voices))
+            assert len({*said}) == 3
+            assert said[0] == said[3] == await one("&voice_prompt=NATF2.wav")
+            async with connect(f"{url}?voice_prompt=VARF0.pt") as ws:
+                refusal = await receive(ws)
+                assert refusal[0] == ERROR
+                assert b"no voice 'VARF0.pt'" in refusal
+                assert b"(known: NATF2, NATM1)" in refusal
+            assert service.counts["failed"] == 1
+
+    with Engine("cpu") as made:
+        made.add("converse", model, slots=4)
+        asyncio.run(run(made))
 
 
 def test_pause_restart_and_pings(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

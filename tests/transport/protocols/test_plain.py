@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,15 @@ from websockets.exceptions import ConnectionClosed
 
 from antiphon.pipelines.chunk import Audio, Chunk, Event
 from antiphon.pipelines.engine import Engine
+from antiphon.pipelines.served import converse
 from antiphon.pipelines.stage import Context, Inlet, Input, select, stage
 from antiphon.transport.protocols.plain import routes
 from antiphon.transport.service import Service
 
 from .serving import clip, recognising, serving, transcribing
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pipelines"))
+from tiny_duplex import smallest_duplex
 
 Message = dict[str, Any]
 
@@ -314,3 +320,33 @@ def test_a_second_connection_takes_over(engine: Engine) -> None:
         await service.close()
 
     asyncio.run(run())
+
+
+def test_words_for_a_dialogue_model_to_say() -> None:
+    model = smallest_duplex()
+
+    async def run(engine: Engine) -> None:
+        service = Service(converse, engine, name="dialogue")
+        async with serving(routes(service)) as host, connect(f"ws://{host}/v1/stream?rate=24000") as ws:
+            assert (await heard(ws))["type"] == "session"
+            for text in ("so it goes", 7):
+                await ws.send(json.dumps({"type": "control", "name": "say", "data": {"text": text}}))
+            sound = np.zeros(model.frame, np.int16).tobytes()
+            for _ in range(40):
+                await ws.send(sound)
+            await ws.send('{"type":"finish"}')
+            (call,) = service.calls.values()
+            said = ""
+            async with asyncio.timeout(30):
+                with suppress(ConnectionClosed):
+                    async for message in ws:
+                        event = json.loads(message) if isinstance(message, str) else {}
+                        said += event["text"] if event.get("type") == "final" else ""
+            assert "so it goes" in " ".join(said.split())
+            assert call.session.counters["converse.says_refused"] == 1
+            assert ws.close_code == 1000
+        await service.close()
+
+    with Engine("cpu") as made:
+        made.add("converse", model, slots=1)
+        asyncio.run(run(made))
