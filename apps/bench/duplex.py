@@ -47,7 +47,7 @@ from ...pipelines.engine.runner import EXACT_ROWS
 from .asr import ceilings, device_name, noting, numbered
 from .common import RESULTS, told, write_result
 from .duplex_reference import Moshi
-from .floor import Operations, floor_of, launch_seconds
+from .floor import floor_of, launch_seconds, launches_of
 from .load import bisect, run_load
 from .references import synchronize
 
@@ -317,22 +317,13 @@ def floors(random: Random, kv: torch.dtype | None, counts: Sequence[int]) -> lis
 
 @torch.inference_mode()
 def operations(model: Duplex) -> int:
-    """Launches of a frame, the same for any number of sessions: its kernels on CUDA, elsewhere its operations, each of
-    which is at least one."""
+    """Launches of a frame, the same for any number of sessions."""
     device = model.lm.embedding.weight.device
     state = {name: spec.new(2, device) for name, spec in model.state_spec().items()}
     inputs = {name: spec.new(1, device) for name, spec in model.input_spec(1).items()}
-    arguments = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.bool, device=device)
+    slots, active = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, dtype=torch.bool, device=device)
     model.prepare()
-    if device.type == "cuda":
-        model.step(inputs, state, *arguments)  # compiles and tunes
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            model.step(inputs, state, *arguments)
-            torch.cuda.synchronize(device)
-        return int(sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0))
-    with Operations() as counted:
-        model.step(inputs, state, *arguments)
-    return sum(counted.counts.values())
+    return launches_of(lambda: model.step(inputs, state, slots, active), device)
 
 
 def _short(kv: torch.dtype | None, random: Random) -> str:

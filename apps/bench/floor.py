@@ -73,3 +73,16 @@ def launch_seconds(device: torch.device, count: int = 1000) -> float:
         run()
         seconds.append(synchronize(device) - begin)
     return min(seconds) / count
+
+
+def launches_of(step: Callable[[], object], device: torch.device) -> int:
+    """Launches of a step: its kernels on CUDA, elsewhere its operations, each of which is at least one."""
+    if device.type == "cuda":
+        step()  # compiles and tunes
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize(device)
+        return int(sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0))
+    with Operations() as operations:
+        step()
+    return sum(operations.counts.values())

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...models.cosyvoice.lm_config import Burst
+from ...models.layers.kernels import plain
 from ...models.streaming import StreamingModel
 from ...pipelines.engine import Engine, Lease
 from ...pipelines.engine.runner import Sliced, slice_count
 from ...pipelines.speech import Part, Speech
 from .asr import ceilings
-from .floor import Operations, floor_of, launch_seconds
+from .floor import floor_of, launch_seconds, launches_of
 from .references import synchronize
 
 SPOKEN = 100  # tokens that a session has spoken when its step is timed
@@ -110,7 +111,7 @@ def floors(
     speech: Speech, batches: Sequence[int], device: torch.device, dtype: torch.dtype, prompt: int
 ) -> list[dict[str, Any]]:
     """What each step must at least take: weights read once a pass, memories once a pass and row, counted operations
-    (those of kernels of our own not among them), and the launches that its operations amount to."""
+    of arithmetic, and its launches."""
     bandwidth, rate = ceilings(device, dtype)
     launch = launch_seconds(device)
     rows: list[dict[str, Any]] = []
@@ -160,10 +161,8 @@ def counted(part: Part, model: StreamingModel, variant: Hashable, device: torch.
     for index in range(slice_count(model, variant)):
         step = model.step if slice_count(model, variant) == 1 else partial(cast(Sliced, model).step_slice, index)
         age(part, prompt, state, 0)
-        with FlopCounterMode(display=False) as flops:
-            step(*arguments)
-        with Operations() as operations:
+        with plain(), FlopCounterMode(display=False) as flops:
             step(*arguments)
         flop += flops.get_total_flops()
-        launches += sum(operations.counts.values())
+        launches += launches_of(partial(step, *arguments), device)
     return flop, launches

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+_plain = ContextVar("plain", default=False)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_kernels(x: Tensor) -> bool:
     """Whether kernels without gradients serve for ``x``: on a GPU, in a dtype that they know, where Triton is."""
-    return x.is_cuda and not torch.is_grad_enabled() and x.dtype in _DTYPES and _there()
+    return x.is_cuda and not torch.is_grad_enabled() and x.dtype in _DTYPES and _there() and not _plain.get()
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Without them, for what counts torch's own operations."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 @functools.cache
