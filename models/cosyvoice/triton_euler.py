@@ -20,11 +20,11 @@ def _inputs(
     real = lane < mels
     slot, named = tl.load(slots + row), tl.load(voice + row)
     position = (tl.load(shared + row) + tl.load(seen + row)) * RATE + frame
-    told = position < tl.load(length + named) * RATE
+    told = tl.where(position < tl.load(length + named) * RATE, mels, 0)  # numbers of the frame that the prompt has
     moved = tl.load(sample + slot * sample_row + frame * mels + lane, mask=real, other=0.0)
     heard = tl.load(mu + slot * mu_row + frame * mels + lane, mask=real, other=0.0)
     by = tl.load(speaker + named * mels + lane, mask=real, other=0.0)
-    like = tl.load(prompt + named * prompt_row + position * mels + lane, mask=real & told, other=0.0)
+    like = tl.load(prompt + named * prompt_row + position * mels + lane, mask=lane < told, other=0.0)
     kind = out.dtype.element_ty
     given = out + (row * 2 * frames + frame) * 4 * mels + lane
     tl.store(given, moved.to(kind), mask=real)

@@ -51,12 +51,12 @@ def _windows(
                 tl.store(total + at, value, mask=real)
     for tap in tl.static_range(KERNEL):
         step = place - tap
-        line = out + ((row * steps + step) * KERNEL + tap) * width + lane
-        tl.store(line, value, mask=real & (step >= 0) & (step < steps))
+        if (step >= 0) & (step < steps):
+            tl.store(out + ((row * steps + step) * KERNEL + tap) * width + lane, value, mask=real)
     if TAILS:
         after = place - tl.load(last + row)
-        line = kept + row * kept_row + after * kept_step + lane
-        tl.store(line, value, mask=real & (after >= 0) & (after < BEHIND))
+        if (after >= 0) & (after < BEHIND):
+            tl.store(kept + row * kept_row + after * kept_step + lane, value, mask=real)
 
 
 def windows(

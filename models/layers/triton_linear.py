@@ -32,7 +32,8 @@ def _norm_linear(
     value = value.to(tl.float32)
     if ADD:
         value = (value + tl.load(branch + places, mask=real, other=0.0).to(tl.float32)).to(kind)
-        tl.store(total + places, value, mask=real & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(total + places, value, mask=real)
         value = value.to(tl.float32)
     value = tl.where(within[None, :], value - (tl.sum(value, 1) / width)[:, None], 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 1) / width + eps)[:, None]
@@ -87,5 +88,5 @@ def norm_linear(
 
 def sizes(block: int, bytes_: int) -> dict[str, int]:
     """Of a program whose rows have ``block`` numbers of so many bytes: what it holds fits its registers."""
-    columns = max(16, 64 * 512 // (block * bytes_))
+    columns = max(16, 128 * 512 // (block * bytes_ * bytes_))
     return {"BLOCK": block, "ROWS": 32 if bytes_ == 2 else 16, "COLUMNS": min(64, columns), "num_warps": 8}
