@@ -20,6 +20,7 @@ from ...codecs.mimi import Mimi
 from ...models.moshi import checkpoint
 from ...models.moshi.lm import MoshiLM
 from ..bench.common import command_line
+from .codec import CODEC
 from .run import record_of
 
 CARD = "README.md"
@@ -160,7 +161,7 @@ def main(
     more = None
     if refined is not None:
         more = record_of(refined)
-        take_decoder(model, refined / "codec")
+        take_decoder(model, refined / CODEC)
     (model / CARD).write_text(write_card(model.name, size_of(model), facts, numbers, more), encoding="utf-8")
 
 

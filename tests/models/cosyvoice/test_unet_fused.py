@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreted import HERE, INTERPRETED
 from torch import Tensor
 
 from antiphon.models.cosyvoice import flow_stream
@@ -19,8 +20,6 @@ from antiphon.models.cosyvoice.flow_voices import FlowVoice
 
 unet_fused = pytest.importorskip("antiphon.models.cosyvoice.unet_fused", reason="needs the package triton")
 pytestmark = pytest.mark.usefixtures("interpreter")
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter needs a process without a GPU")
-HERE = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 SMALL = FlowConfig(
     vocabulary=50, mels=8, speaker=6, chunk=5, width=32, heads=2, feedforward=48, layers=1, up_layers=1,
     channels=16, unet_heads=2, unet_head_width=16, stage_blocks=2, middle_stages=0, steps=1,

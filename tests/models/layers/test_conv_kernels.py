@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
+from interpreted import HERE
 
 from antiphon.codecs import mimi_quantizer
 from antiphon.codecs.mimi import Mimi, MimiConfig, MimiDecoder, MimiEncoder
@@ -31,16 +30,6 @@ KINDS = {  # channels, out, kernel, stride, dilation, groups, bias, pad
     "transposed, more than twice its stride": (CausalConvTranspose1d, (6, 10, 11, 4)),
     "transposed, depthwise": (CausalConvTranspose1d, (6, 6, 4, 2, 6, False)),
 }
-HERE = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-            reason="Triton's interpreter needs the package triton and a process without a GPU",
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 def as_on_a_gpu(monkeypatch, large):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from torch import Tensor
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-INTERPRETED = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="Triton's interpreter needs the package triton and a process without a GPU",
-)
 # The interpreter multiplies no matrices of bfloat16.
 HERE = [
     *(pytest.param("cpu", dtype, marks=INTERPRETED) for dtype in (torch.float32, torch.float16)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import HERE
 
 from antiphon.models.layers import linear, transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
@@ -26,16 +27,6 @@ KINDS = {
     "one key head and sinks": {"kv_heads": 1, "sinks": 2, "longest": 3},
     "mimi": {"norm": "layer", "gate": False, "layer_scale": 0.3, "longest": 2, "rope": None},
 }
-HERE = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-            reason="Triton's interpreter needs the package triton and a process without a GPU",
-        ),
-    ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(autouse=True)
