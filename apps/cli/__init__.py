@@ -392,6 +392,9 @@ def main() -> None:
     """The console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' advice to programmers; ours are shown as lines
+    # Torch's threads wait for each other after every small operation. Spinning there, on a computer that has other work
+    # too, takes the very core that the last of them needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(standalone_mode=False)
         sys.stdout.flush()

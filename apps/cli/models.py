@@ -1,4 +1,4 @@
-"""``antiphon models``: the recognisers that come with the package, are on this computer, or are known by name."""
+"""``antiphon models``: what comes with the package, is on this computer, or is known by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import yaml
 from rich.console import Console
 from rich.padding import Padding
 
-from ...models.conformer import hub
+from ...codecs import mimi_checkpoint
+from ...models import hub
+from ...models.conformer import hub as recognisers
 from ...models.conformer.checkpoint import CheckpointError, config_from
+from ...models.cosyvoice import checkpoint as cosyvoice
 from ...models.files import read_json
+from ...models.moshi import checkpoint as moshi
+from ...pipelines import speech_checkpoint
 
 FRAME_MS = 80
+HEARS, TALKS, SPEAKS, CODES = "recognition", "full-duplex dialogue", "speech synthesis", "codec"
+KYUTAI, NVIDIA = "CC-BY-4.0", "NVIDIA Open Model License"
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Row:
     """One line of the list, as text."""
 
     name: str
+    what: str
     where: str
     size: str
     lookaheads: str
@@ -30,14 +38,44 @@ class Row:
     licence: str
 
 
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint of the hub that is no FastConformer. name: as one gives it to a command. parameters: in millions."""
+
+    name: str
+    what: str
+    parameters: int
+    languages: str
+    licence: str
+
+    @property
+    def source(self) -> str:
+        """Its name on the hub."""
+        return moshi.SHORT.get(self.name, self.name)
+
+
+PUBLISHED = (
+    Published("moshiko", TALKS, 7690, "English", KYUTAI),
+    Published("moshika", TALKS, 7690, "English", KYUTAI),
+    Published("moshiko-q8", TALKS, 7690, "English", KYUTAI),
+    Published("moshika-q8", TALKS, 7690, "English", KYUTAI),
+    Published("personaplex", TALKS, 7690, "English", NVIDIA),
+    Published("stt-1b-en_fr-candle", HEARS, 1000, "English, French", KYUTAI),
+    Published("stt-2.6b-en", HEARS, 2600, "English", KYUTAI),
+    Published(cosyvoice.DEFAULT, SPEAKS, 639, "Chinese, English, Japanese, Korean", "Apache-2.0"),
+    Published(mimi_checkpoint.DEFAULT, CODES, 96, "", KYUTAI),
+)
+
+
 def run() -> None:
     """Two lines a model on a terminal, tab-separated fields elsewhere."""
-    for row in (*_embedded(), *_known()):
+    for row in (*_embedded(), *_known(), *_published()):
         if not sys.stdout.isatty():
             print("\t".join(astuple(row)))
             continue
         console = Console(highlight=False)
         details = (
+            row.what,
             row.where,
             row.size,
             row.languages,
@@ -49,31 +87,49 @@ def run() -> None:
 
 
 def _embedded() -> Iterator[Row]:
-    for name in hub.embedded():
-        folder = hub.EMBEDDED / name
-        card = _front_matter(folder / "README.md")
-        try:
-            config = config_from(read_json(folder / "config.json"))
-        except (CheckpointError, TypeError, ValueError) as error:
-            yield Row(name, f"embedded, unreadable: {error}", "", "", "", "")
-            continue
-        languages = card.get("language", [])
-        yield Row(
-            name,
-            "embedded",
-            _bytes(sum(file.stat().st_size for file in folder.iterdir())),
-            _milliseconds(config.encoder.lookaheads),
-            ", ".join(languages) if isinstance(languages, list) else str(languages),
-            str(card.get("license", "see its README.md")),
-        )
+    kinds = (
+        (HEARS, recognisers.EMBEDDED, recognisers.embedded()),
+        (TALKS, moshi.EMBEDDED, moshi.embedded()),
+        (SPEAKS, hub.EMBEDDED, speech_checkpoint.embedded()),
+    )
+    for what, weights, names in kinds:
+        for name in names:
+            folder = weights / name
+            try:
+                card = _front_matter(folder / "README.md")
+                heard = config_from(read_json(folder / "config.json")).encoder.lookaheads if what == HEARS else ()
+            except (CheckpointError, TypeError, ValueError) as error:
+                yield Row(name, what, f"embedded, unreadable: {error}", "", "", "", "")
+                continue
+            languages = card.get("language", [])
+            yield Row(
+                name,
+                what,
+                "embedded",
+                _bytes(_weight(folder)),
+                _milliseconds(heard),
+                ", ".join(languages) if isinstance(languages, list) else str(languages),
+                str(card.get("license", "see its README.md")),
+            )
 
 
 def _known() -> Iterator[Row]:
-    for known in hub.KNOWN:
-        folder = hub.cached(known.name)
-        size = f"{known.parameters / 1e6:.0f} M parameters" if folder is None else _bytes(_weight(folder))
-        where = "hub" if folder is None else "this computer"
-        yield Row(known.name, where, size, _milliseconds(known.lookaheads), known.languages, known.licence)
+    for known in recognisers.KNOWN:
+        where, size = _there(recognisers.cached(known.name), known.parameters // 1_000_000)
+        yield Row(known.name, HEARS, where, size, _milliseconds(known.lookaheads), known.languages, known.licence)
+
+
+def _published() -> Iterator[Row]:
+    for known in PUBLISHED:
+        where, size = _there(hub.cached(known.source), known.parameters)
+        yield Row(known.name, known.what, where, size, "", known.languages, known.licence)
+
+
+def _there(folder: Path | None, parameters: int) -> tuple[str, str]:
+    """Where a checkpoint of the hub is, and how large."""
+    if folder is not None:
+        return "this computer", _bytes(_weight(folder))
+    return "hub", f"{parameters} M parameters" if parameters < 1000 else f"{parameters / 1000:.1f} B parameters"
 
 
 def _milliseconds(lookaheads: tuple[int, ...]) -> str:

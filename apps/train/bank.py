@@ -120,6 +120,7 @@ class Bank:
                 "utterances": len(some),
                 "hours": round(sum(one.seconds for one in some) / 3600, 2),
                 "voices": len({one.voice for one in some}),
+                "sources": sorted({one.voice.partition(":")[0] for one in some}),
                 "licences": sorted({one.licence for one in some}),
             }
             for role, some in roles.items()

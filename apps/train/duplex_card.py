@@ -25,6 +25,13 @@ from .run import record_of
 
 CARD = "README.md"
 LARGEST = 25_000_000  # bytes of a model that ships with the package
+CREDITS = {  # by how the name of a source begins
+    "hibari": "hibari-tts, synthetic speech",
+    "kokoro": "Kokoro-82M (hexgrad), synthetic speech",
+    "librispeech": "LibriSpeech (openslr.org/12), V. Panayotov et al., CC BY 4.0, cut and mixed",
+    "kathleen": "Kathleen's recordings (rhasspy/dataset-voice-kathleen), CC0",
+    "noise_esc10": "ESC-10 (karoldvl/ESC-10), K. J. Piczak and the contributors of freesound.org, CC BY 3.0, mixed",
+}
 
 
 def export(
@@ -75,16 +82,19 @@ def write_card(
         "",
         "Dialogues composed of these utterances, never the same twice:",
         "",
-        "| what | utterances | hours | voices | licences |",
-        "|---|---|---|---|---|",
+        "| what | utterances | hours | voices | sources | licences |",
+        "|---|---|---|---|---|---|",
     ]
     for role, facts in run["bank"].items():
-        licences = ", ".join(facts["licences"])
-        lines.append(f"| {role} | {facts['utterances']} | {facts['hours']} | {facts['voices']} | {licences} |")
+        names = (", ".join(facts[key]) for key in ("sources", "licences"))
+        cells = (facts["utterances"], facts["hours"], facts["voices"], *names)
+        lines.append(f"| {role} | " + " | ".join(map(str, cells)) + " |")
+    used = {source for facts in run["bank"].values() for source in facts["sources"]}
     lines += [
         "",
-        "Synthetic speech is hibari's and Kokoro's (Apache-2.0). Some forms, questions and voices, told by a hash of "
-        "their names, were kept for testing.",
+        *(f"- {credit}" for begin, credit in CREDITS.items() if any(source.startswith(begin) for source in used)),
+        "",
+        "Some forms, questions and voices, told by a hash of their names, were kept for testing.",
         "",
         "## Recipe",
         "",

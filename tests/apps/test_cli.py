@@ -347,9 +347,13 @@ def test_an_interrupt_is_quiet(
 def test_models_lists_what_is_known(antiphon: Antiphon) -> None:
     ran = antiphon("models")
     rows = [line.split("\t") for line in ran.out.splitlines()]
-    assert {len(row) for row in rows} == {6}
+    assert {len(row) for row in rows} == {7}
     (row,) = [row for row in rows if row[0] == "nvidia/parakeet_realtime_eou_120m-v1"]
-    assert row[3:] == ["80", "English", "NVIDIA Open Model License"]
+    assert row[1] == "recognition"
+    assert row[4:] == ["80", "English", "NVIDIA Open Model License"]
+    assert {"moshiko", "stt-2.6b-en", "FunAudioLLM/CosyVoice2-0.5B", "kyutai/mimi"} < {row[0] for row in rows}
+    embedded = {row[0]: row[1] for row in rows if row[2] == "embedded"}
+    assert {"recognition", "full-duplex dialogue"} <= set(embedded.values())
 
 
 def test_models_reads_the_card_of_an_embedded_one(
@@ -357,7 +361,7 @@ def test_models_reads_the_card_of_an_embedded_one(
 ) -> None:
     monkeypatch.setattr("antiphon.models.conformer.hub.EMBEDDED", checkpoint.parent)
     row = antiphon("models").out.splitlines()[0].split("\t")
-    assert row == [checkpoint.name, "embedded", "0 MB", "480, 0, 80, 1040", "en", "apache-2.0"]
+    assert row == [checkpoint.name, "recognition", "embedded", "0 MB", "480, 0, 80, 1040", "en", "apache-2.0"]
 
 
 def test_version_and_bench(antiphon: Antiphon) -> None:

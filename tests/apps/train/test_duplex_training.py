@@ -251,6 +251,9 @@ def test_the_card_tells_what_went_in_and_how_it_behaves(
         '"mel": 1.5',
     ):
         assert fact in card
+    talkers = {"utterances": 1, "hours": 1, "voices": 1, "sources": ["librispeech_train"], "licences": ["CC-BY-4.0"]}
+    assert "V. Panayotov" not in card
+    assert "V. Panayotov" in write_card("x", 1, {**facts, "bank": {"talk": talkers}})
     assert "Not measured yet" in write_card("x", 1, facts)
     monkeypatch.setattr(checkpoint, "EMBEDDED", tmp_path)
     assert duplex.default() == "model"
