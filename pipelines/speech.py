@@ -92,13 +92,17 @@ class Reader(StreamingModel):
         """See ``SpeechLM``."""
         return self.lm.step(inputs, state, slots, active)
 
-    def slices(self, variant: Hashable) -> int:
+    def turns(self, variant: Hashable) -> int:
         """See ``SpeechLM``."""
-        return self.lm.slices(variant)
+        return self.lm.turns(variant)
 
-    def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+    def turns_of(self, variant: Hashable, inputs: Mapping[str, Any]) -> int:
         """See ``SpeechLM``."""
-        return self.lm.step_slice(index, inputs, state, slots, active)
+        return self.lm.turns_of(variant, inputs)
+
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """See ``SpeechLM``."""
+        return self.lm.step_turn(turn, inputs, state, slots, active)
 
     def voice(self, name: str | None) -> Registered:
         """A registered voice; None for the first. Raises ValueError."""

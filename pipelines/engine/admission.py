@@ -92,8 +92,8 @@ class Admission:
         return busy / interval
 
     def _step(self, lane: Lane, rows: int) -> float:
-        """Seconds of a whole step (all slices) of ``rows``."""
-        return lane.slices * self._measured[lane].steps[lane.bucket(rows)].ewma
+        """Seconds of a whole step (all slices and turns) of ``rows``."""
+        return lane.slices * lane.turns * self._measured[lane].steps[lane.bucket(rows)].ewma
 
 
 class Shedding:

@@ -18,7 +18,7 @@ from .answers import STEP_ERRORS, Command, running_loop, settle
 from .errors import AtCapacity, Closed, Stale, StepFailed
 from .lease import Lease
 from .metrics import LaneMetrics
-from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count
+from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count, turn_count
 from .scheduler import Barrier, Batch, Lane, Policy, Scheduler, Work
 from .slots import SlotStore
 
@@ -103,7 +103,9 @@ class Core:
         slots = [work.lease.slot.row for work in batch.works]
         try:
             runner = self.hosted[lane.model].runner
-            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, inputs, slots)
+            return runner.launch(
+                lane.variant, batch.bucket, batch.first, batch.last, inputs, slots, batch.turns
+            )
         except STEP_ERRORS as error:
             self._failed(batch, error)
             return None
@@ -119,12 +121,12 @@ class Core:
             seconds = self.cost(batch)
         measured = self.measured[batch.lane]
         measured.steps[batch.bucket].add(seconds / (batch.last - batch.first))
-        works = batch.works
-        if self.scheduler.done(batch, now, seconds):
-            measured.finished(
-                len(works), batch.bucket, [now - work.deadline for work in works if work.deadline < math.inf]
-            )
-            self._answer(works, [Row(outputs, index) for index in range(len(works))])
+        rows = self.scheduler.done(batch, now, seconds)
+        works = [batch.works[row] for row in rows]
+        if works or batch.turns:
+            lateness = [now - work.deadline for work in works if work.deadline < math.inf]
+            measured.finished(len(batch.works), batch.bucket, lateness)
+        self._answer(works, [Row(outputs, row) for row in rows])
         self.shedding.update(self.scheduler.load(now), now)
         self._run_due()
 
@@ -175,7 +177,8 @@ class Core:
         for variant in variants:
             sizes = probe_exact_buckets(model, variant, buckets) if exact and len(buckets) > 1 else tuple(buckets)
             period = model.tick(variant)
-            lane = Lane(name, variant, period, budget or period, sizes, slice_count(model, variant))
+            slices, turns = slice_count(model, variant), turn_count(model, variant)
+            lane = Lane(name, variant, period, budget or period, sizes, slices, turns=turns)
             if tick is not None:
                 lane.tick = tick
             hosted.lanes[variant] = lane
@@ -249,8 +252,9 @@ class Core:
                 measured.steps[bucket].add(self._cost(lane.model, lane.variant, bucket))
                 continue
             slots = [hosted.store.scratch] * bucket
+            turns = [0] * bucket if lane.turns > 1 else []
             for repeat in range(WARM_STEPS):
-                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots)
+                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots, turns)
                 _, seconds = flight.wait()
                 if repeat:
                     measured.steps[bucket].add(seconds / lane.slices)
@@ -262,17 +266,18 @@ class Core:
                 call()
 
     def _failed(self, batch: Batch, error: Exception) -> None:
-        if not self.scheduler.done(batch, self.now(), 0.0, failed=True):
+        rows = self.scheduler.done(batch, self.now(), 0.0, failed=True)
+        if not rows:
             return  # an earlier slice had failed
         self.counts["failed"] += 1
         failures: list[Exception] = []
-        for _ in batch.works:
+        for _ in rows:
             lane = batch.lane
             text = f"{type(error).__name__}: {error}"
             failure = StepFailed(f"the step of model {lane.model!r} variant {lane.variant!r} failed: {text}")
             failure.__cause__ = error
             failures.append(failure)
-        self._answer(batch.works, failures)
+        self._answer([batch.works[row] for row in rows], failures)
         self._run_due()
 
     def _answer(self, works: Sequence[Work], outcomes: Sequence[Row | Exception]) -> None:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from .drive import Driver, InlineDriver, Item, ThreadDriver
 from .errors import Closed
 from .lease import Lease
 from .metrics import prometheus
-from .runner import EXACT_ROWS, InputCheck, Inputs, Row
+from .runner import EXACT_ROWS, InputCheck, Inputs, Row, Turning
 from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
 
 T = TypeVar("T")
@@ -218,6 +218,12 @@ class Engine:
     def switch(self, lease: Lease, variant: Hashable) -> asyncio.Future[tuple[Lane, InputCheck]]:
         """The lane and input check of another variant, with the lease counted there."""
         return self.ask(partial(self._core.switch, lease, variant))
+
+    def turns(self, lane: Lane, inputs: Inputs) -> int:
+        """Turns that a step of these inputs takes. May be called from any thread."""
+        if lane.turns == 1:
+            return 1
+        return cast(Turning, self._core.find(lane.model).model).turns_of(lane.variant, inputs)
 
     def lane(self, name: str, variant: Hashable) -> tuple[Lane, InputCheck]:
         """The lane and input check of a variant. May be called from any thread. Raises ValueError."""
