@@ -126,9 +126,7 @@ class SpeechLM(StreamingModel):
         return outputs
 
     @torch.no_grad()
-    def step_turn(
-        self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor
-    ) -> dict[str, Tensor]:
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """Draw number ``turn [B]`` of each row's burst; returns what ``step`` does, as far as it has come."""
         scratch, length = state["lm.seen"].shape[0] - 1, inputs["special"].shape[1]
         window, fresh = state["lm.drawn"].index_select(0, slots), turn[:, None] == 0

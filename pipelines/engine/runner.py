@@ -43,9 +43,7 @@ class Turning(Protocol):
     def turns_of(self, variant: Hashable, inputs: Inputs) -> int:
         """Turns of one session's step."""
 
-    def step_turn(
-        self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor
-    ) -> dict[str, Tensor]:
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
         """Turn number ``turn [B]`` of each row's step. A row's outputs are the step's where it is its last."""
 
 

@@ -27,7 +27,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -173,7 +173,13 @@ class Scheduler:
         if key in self.lanes:
             raise ValueError(f"model {lane.model!r} variant {lane.variant!r} was added before; choose another name")
         self.lanes[key] = lane
+        self._loads.setdefault(lane.stream, (0.0, -math.inf))
         return lane
+
+    @property
+    def streams(self) -> Set[str]:
+        """Of all lanes."""
+        return self._loads.keys()
 
     def submit(self, item: Work | Barrier) -> None:
         """Queue a work or a barrier behind what its lease submitted before. Raises InboxFull."""
@@ -207,8 +213,8 @@ class Scheduler:
                     key = min(key, lane._ready[0][:2])
             elif lane._ready:
                 head = lane._ready[0]
-                held = now < lane.next_start and lane._quota <= 0 and not lane._turning
-                if held and (deadline := head[2].deadline) < math.inf:
+                going = lane._quota > 0 or lane._turning > 0
+                if now < lane.next_start and not going and (deadline := head[2].deadline) < math.inf:
                     start = min(lane.next_start, deadline - lane.budget / 2)
                     if now < start:
                         wake = start if wake is None else min(wake, start)
@@ -284,7 +290,7 @@ class Scheduler:
         """The busy share of a stream, by default of the busiest, averaged over the last half second or so."""
         if stream is None:
             return max((self.load(now, one) for one in self._loads), default=0.0)
-        load, at = self._loads.get(stream, (0.0, now))
+        load, at = self._loads[stream]
         return load * math.exp(-max(0.0, now - at) / LOAD_WINDOW)
 
     def tick(self, lane: Lane, now: float) -> float:
