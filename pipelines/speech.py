@@ -169,7 +169,7 @@ class Speech:
         for part, model in self.parts.items():
             most = MOST[part] if slots > 1 and getattr(model, "batched", True) else 1
             sizes = buckets[part] if buckets else default_buckets(min(most, max(slots, EXACT_ROWS)))
-            settings = {"tick": TICKS[part], "budget": BUDGETS[part], "stream": part} | options
+            settings = {"tick": TICKS[part], "budget": BUDGETS[part], "stream": part, "patient": part == "lm"} | options
             engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **settings)
 
     def register(self, engine: Engine, name: str, voice: Voice) -> None:

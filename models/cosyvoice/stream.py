@@ -180,7 +180,7 @@ class TextStream:
         """Room of the step that gives so many in the fewest steps: the least, since one step costs about what the
         host needs from one to the next."""
         wanted = min(wanted, self._draws())
-        return min((1, *self.config.bursts), key=lambda size: (-(-wanted // size), size))
+        return min(self.config.bursts or (1,), key=lambda size: (-(-wanted // size), size))
 
     def _draws(self) -> int:
         """Draws until it is decided here what comes next."""

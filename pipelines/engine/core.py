@@ -178,6 +178,7 @@ class Core:
         exact: bool,
         measure: bool,
         stream: str,
+        patient: bool,
     ) -> None:
         """Allocate, prepare and measure a model."""
         store, runner = self._host(name, model, slots, stream)
@@ -187,7 +188,9 @@ class Core:
             sizes = probe_exact_buckets(model, variant, buckets) if exact and len(buckets) > 1 else tuple(buckets)
             period = model.tick(variant)
             slices, turns = slice_count(model, variant), turn_count(model, variant)
-            lane = Lane(name, variant, period, budget or period, sizes, slices, turns=turns, stream=stream)
+            lane = Lane(
+                name, variant, period, budget or period, sizes, slices, turns=turns, stream=stream, patient=patient
+            )
             if tick is not None:
                 lane.tick = tick
             hosted.lanes[variant] = lane

@@ -86,6 +86,7 @@ class Engine:
         tick: float | None = None,
         measure: bool = True,
         stream: str = MAIN,
+        patient: bool = False,
     ) -> None:
         """Allocate slots for a model, prepare its buckets (on CUDA capture their graphs) and measure its steps. Blocks.
 
@@ -95,6 +96,7 @@ class Engine:
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
+        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream.
         stream: models of different streams run at the same time, of one stream one after another. Steps that leave
         most of a device idle, waiting for memory or launches, gain from others beside them.
         """
@@ -109,7 +111,7 @@ class Engine:
         model.prepare()
         host = partial(
             self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact,
-            measure=measure, stream=stream,
+            measure=measure, stream=stream, patient=patient,
         )  # fmt: skip
         self.ask_sync(host)
 

@@ -107,7 +107,8 @@ class Lane:
 
     period: media seconds of one step. budget: seconds from arrival to deadline. buckets: batch sizes, ascending.
     slices: parts the step comes in. tick: shortest seconds between two starts; default a quarter of the budget, at most
-    20 ms. turns: most turns of a step. stream: what its batches run on, one after another.
+    20 ms. turns: most turns of a step. stream: what its batches run on, one after another. patient: works that can wait
+    (until half a budget before their deadline) do so while something that cannot runs on another stream.
     """
 
     model: str
@@ -119,6 +120,7 @@ class Lane:
     tick: float = -1.0
     turns: int = 1
     stream: str = MAIN
+    patient: bool = False
     next_start: float = -math.inf
     depth: int = 0  # works submitted and not started
     _ready: list[tuple[float, int, Work]] = field(default_factory=list)
@@ -165,6 +167,7 @@ class Scheduler:
         self._inboxes: dict[Hashable, deque[Work | Barrier]] = {}
         self._due_calls: list[Call] = []
         self._order = itertools.count()
+        self._flying: dict[str, deque[bool]] = {}  # of each stream: whether what was started and is not done is urgent
         self._loads: dict[str, tuple[float, float]] = {}  # of each stream: busy share, and when it was that
 
     def add(self, lane: Lane) -> Lane:
@@ -174,6 +177,7 @@ class Scheduler:
             raise ValueError(f"model {lane.model!r} variant {lane.variant!r} was added before; choose another name")
         self.lanes[key] = lane
         self._loads.setdefault(lane.stream, (0.0, -math.inf))
+        self._flying.setdefault(lane.stream, deque())
         return lane
 
     @property
@@ -222,6 +226,9 @@ class Scheduler:
                 key = head[:2]
             else:
                 continue
+            if lane.patient and now < (start := key[0] - lane.budget / 2) and self._urgent_beside(lane):
+                wake = start if wake is None else min(wake, start)
+                continue
             if chosen is None or key < urgency:
                 chosen, urgency = lane, key
         return wake if chosen is None else self._start(chosen, now)
@@ -231,6 +238,8 @@ class Scheduler:
         its last slice is done, or one has failed, once, whatever becomes of those that had started by then; of a turn
         those that have no other, or all that had not ended when it failed."""
         lane = batch.lane
+        if self._flying[lane.stream]:
+            self._flying[lane.stream].popleft()
         self._loads[lane.stream] = (self.load(now, lane.stream) + seconds / LOAD_WINDOW, now)
         if lane.slices > 1:
             gone = lane._running is None or lane._running.works is not batch.works
@@ -300,6 +309,10 @@ class Scheduler:
         stretch = min(1.0, max(0.0, (self.load(now, lane.stream) - RELAXED) / (BUSY - RELAXED)))
         return lane.tick + stretch * (max(lane.tick, lane.budget / 2) - lane.tick)
 
+    def _urgent_beside(self, lane: Lane) -> bool:
+        """Whether something urgent is under way on another stream."""
+        return any(any(urgent) for stream, urgent in self._flying.items() if stream != lane.stream)
+
     def _ends(self, batch: Batch, row: int, failed: bool) -> bool:
         """Whether a work ends with its turn in ``batch``."""
         work = batch.works[row]
@@ -330,6 +343,7 @@ class Scheduler:
             batch = self._gather(lane, now)
         last = batch.last + 1 if self.policy.sliced else lane.slices
         batch = replace(batch, first=batch.last, last=last)
+        self._flying[lane.stream].append(batch.urgency[0] - lane.budget / 2 <= now)
         if lane.slices > 1:
             lane._running = batch
         return batch
