@@ -1,6 +1,7 @@
 """The three models that speak together, and the voices they share (CosyVoice 2, arXiv 2412.10117): a language model
-writes speech tokens, the flow draws mel frames, the vocoder sounds them. Each is a model of the engine with slots of
-its own, so that one session's tokens are written while another's frames are drawn.
+writes speech tokens, the flow draws mel frames, the vocoder sounds them. Each is a model of the engine with slots and a
+stream of its own, so that one session's tokens are written while another's frames are drawn: small batches of any of
+them wait for memory and launches most of their time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ Part = Literal["lm", "flow", "vocoder"]
 
 PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
 TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
-URGENT = 0.2  # seconds: the language model's budget, twice what the first sound's steps are given
+BUDGETS: Mapping[Part, float] = {
+    "lm": 0.2,
+    "flow": 0.6,
+    "vocoder": 0.6,
+}  # s; half may be spent waiting
 MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
 
 
@@ -92,13 +97,17 @@ class Reader(StreamingModel):
         """See ``SpeechLM``."""
         return self.lm.step(inputs, state, slots, active)
 
-    def slices(self, variant: Hashable) -> int:
+    def turns(self, variant: Hashable) -> int:
         """See ``SpeechLM``."""
-        return self.lm.slices(variant)
+        return self.lm.turns(variant)
 
-    def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+    def turns_of(self, variant: Hashable, inputs: Mapping[str, Any]) -> int:
         """See ``SpeechLM``."""
-        return self.lm.step_slice(index, inputs, state, slots, active)
+        return self.lm.turns_of(variant, inputs)
+
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """See ``SpeechLM``."""
+        return self.lm.step_turn(turn, inputs, state, slots, active)
 
     def voice(self, name: str | None) -> Registered:
         """A registered voice; None for the first. Raises ValueError."""
@@ -160,8 +169,7 @@ class Speech:
         for part, model in self.parts.items():
             most = MOST[part] if slots > 1 and getattr(model, "batched", True) else 1
             sizes = buckets[part] if buckets else default_buckets(min(most, max(slots, EXACT_ROWS)))
-            budget = URGENT if part == "lm" else None
-            settings = {"tick": TICKS[part], "budget": budget} | options
+            settings = {"tick": TICKS[part], "budget": BUDGETS[part], "stream": part, "patient": part == "lm"} | options
             engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **settings)
 
     def register(self, engine: Engine, name: str, voice: Voice) -> None:

@@ -35,6 +35,8 @@ from .speech import PARTS, Part, Speech
 from .spoken import spoken
 
 LEAD = 250  # speech tokens that may be written before frames of them are drawn
+FIRST = 0.1  # seconds from an utterance's text to its first sound, aimed at
+LEADS = {"read": 0.09, "lm": 0.06, "flow": 0.01, "vocoder": 0.0}  # seconds of the steps between one and its sound
 LONGEST_SENTENCE = 240  # characters
 ENOUGH = 160  # characters of arriving text after which a sentence's end ends the passage; a line's ends it at once
 CLAUSES = (",", ";", ":", "\u2014", "\uff0c", "\u3001", "\uff1a", "\uff1b")
@@ -48,6 +50,7 @@ class Step:
     """What a part is to do next. fresh: on a state that was reset.
 
     slack: seconds of speech that lie between this part and the sound, and come before what this step is for.
+    lead: seconds that the steps between this one and its sound take, about.
     """
 
     part: Part
@@ -56,7 +59,13 @@ class Step:
     fresh: bool
     passage: _Passage
     slack: float
+    lead: float
     detail: Any = None
+
+    def deadline(self, asked: float, now: float, spare: float) -> float:
+        """When it should be done, for an utterance whose text came at ``asked`` and that has ``spare`` seconds of sound
+        which was not played yet."""
+        return max(asked + FIRST, now + spare + self.slack) - self.lead
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +123,7 @@ class Synthesis:
 
     voice: a registered one's name; None for the first. seed: of all that is drawn. arriving: speak text as it arrives,
     a few words behind it (see ``Arriving``), instead of sentence by sentence. schedule: of the hops, see ``Hops``; by
-    default all that the flow has steps for, the shortest first. sampling: how speech tokens are drawn, by default as
+    default as the flow's limits say. sampling: how speech tokens are drawn, by default as
     the model asks for; its seed is not used. Raises ValueError.
     """
 
@@ -131,7 +140,9 @@ class Synthesis:
         if not 0 <= seed < _SEEDS:
             raise ValueError(f"a seed goes from 0 to {_SEEDS - 1}, got {seed}")
         self.speech, self.voice = speech, speech.reader.voice(voice)
-        self.seed, self.arriving, self._schedule = seed, arriving, tuple(schedule or sorted(speech.flow.limits.hops))
+        self.seed, self.arriving = seed, arriving
+        limits = speech.flow.limits
+        self._schedule = tuple(schedule or limits.schedule or sorted(limits.hops))
         self._sampling = sampling or speech.reader.sampling
         self.cut = 0  # passages that ended because the models could hold no more of them
         self._sentences = Sentences(longest=LONGEST_SENTENCE)
@@ -144,7 +155,7 @@ class Synthesis:
         self._hopped = self._drawn = 0  # frames of hops that are not drawn, and drawn ones that do not sound yet
         self._pieces: deque[Piece] = deque()
         self._finished = False
-        limits, hop = speech.flow.limits, speech.flow.config.lookahead
+        hop = speech.flow.config.lookahead
         self._room = None if limits.rolling else limits.left // FRAMES - len(self.voice.flow.rest)
         if self._room is not None and self._room <= hop:
             raise ValueError(f"the flow keeps {limits.left} frames: too few for this voice; allow more on the left")
@@ -247,7 +258,9 @@ class Synthesis:
         if made is None or passage is None:
             return None
         variant, inputs, detail = made
-        step = Step(part, variant, inputs, part not in passage.begun, passage, slack, detail)
+        reads = part == "lm" and isinstance(variant, int) and variant > 1
+        lead = LEADS["read" if reads else part]
+        step = Step(part, variant, inputs, part not in passage.begun, passage, slack, lead, detail)
         passage.begun.add(part)
         self._flying.add(part)
         return step

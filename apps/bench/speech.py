@@ -320,7 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hops", nargs="+", type=int, default=[25, 75, 100], help="tokens of the flow's hops")
     parser.add_argument("--left", type=int, default=150, help="mel frames that the flow looks back behind the clip")
     parser.add_argument("--kept", choices=("bfloat16", "float8_e4m3fn"), help="of the flow's keys and values")
-    parser.add_argument("--bursts", nargs="*", type=int, default=[9, 25], help="tokens drawn by a step")
+    parser.add_argument("--bursts", nargs="*", type=int, default=[32], help="tokens drawn by a step")
     parser.add_argument("--prefill", nargs="*", type=int, default=[64, 192], help="tokens read by a step")
     parser.add_argument("--frames", nargs="+", type=int, default=[100, 50, 25, 10], help="mel frames a vocoder's step")
     parser.add_argument("--flow-rows", type=int, default=8, help="sessions of the flow's largest batch")

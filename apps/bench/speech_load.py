@@ -19,7 +19,6 @@ import numpy as np
 
 from ...pipelines.engine import Engine
 from ...pipelines.speech import PARTS, Part, Speech
-from ...pipelines.stages.speak import SHORTEST_DEADLINE
 from ...pipelines.synthesis import Step, Synthesis
 from ...pipelines.synthesizer import Places
 
@@ -97,7 +96,7 @@ async def say(
                 if part == "flow":
                     said.done.setdefault("lm", now)
                 lease = places.ready(step)
-                flying[lease.step(step.inputs, deadline=now + max(SHORTEST_DEADLINE, spare + step.slack))] = step
+                flying[lease.step(step.inputs, deadline=step.deadline(said.due, now, spare))] = step
         if flying:
             done, _ = await asyncio.wait(flying, return_when=asyncio.FIRST_COMPLETED)
             for future in done:

@@ -116,7 +116,10 @@ class Random:
     def limits(self) -> FlowLimits:
         hops = tuple(dict.fromkeys((*self.settings.hops, *self._rest)))
         kept = getattr(torch, self.settings.kept) if self.settings.kept else None
-        return FlowLimits(hops, self.settings.left, rolling=True, voices=VOICES, prompt=self.shape.prompt, kept=kept)
+        return FlowLimits(
+            hops, self.settings.left, rolling=True, voices=VOICES, prompt=self.shape.prompt, kept=kept,
+            schedule=self.settings.hops,
+        )  # fmt: skip
 
     @property
     def _rest(self) -> tuple[int, ...]:

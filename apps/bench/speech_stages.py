@@ -16,7 +16,7 @@ from ...models.cosyvoice.lm_config import Burst
 from ...models.layers.kernels import plain
 from ...models.streaming import StreamingModel
 from ...pipelines.engine import Engine, Lease
-from ...pipelines.engine.runner import Sliced, slice_count
+from ...pipelines.engine.runner import Sliced, slice_count, turn_count
 from ...pipelines.speech import Part, Speech
 from .asr import ceilings
 from .floor import floor_of, launch_seconds, launches_of
@@ -96,10 +96,15 @@ def bench_stages(
                         "stage": stage,
                         "rows": size,
                         "ms": round(statistics.median(seconds) * 1e3, 3),
-                        "device_ms": round(steps[bucket]["median"] * slice_count(model, variant) * 1e3, 3),
+                        "device_ms": round(steps[bucket]["median"] * _passes(model, variant) * 1e3, 3),
                     }
                 )
     return rows
+
+
+def _passes(model: StreamingModel, variant: Hashable) -> int:
+    """Slices or turns of a step."""
+    return slice_count(model, variant) * turn_count(model, variant)
 
 
 def _age(part: Part, prompt: int, lease: Lease) -> None:
@@ -118,7 +123,7 @@ def floors(
     for stage, part, variant in stages(speech):
         model = speech.parts[part]
         flop, launches = counted(part, model, variant, device, prompt)
-        passes = slice_count(model, variant)
+        passes = _passes(model, variant)
         weights = passes * weight_bytes(part, speech)
         memory = memory_bytes(part, speech, passes, prompt)
         for size in batches:

@@ -60,6 +60,8 @@ class FlowLimits:
     """What streaming allocates.
 
     hops: tokens a step may take, the first being the default; a step may be given fewer.
+    schedule: tokens of an utterance's hops, as of ``Hops``; by default ``hops``, the shortest first. Where the first
+    hop's steps, longer by what is left of a voice's clip, are of a length of their own, they wait for no later ones.
     left: mel frames a session keeps behind its voice's shared prompt.
     rolling: False keeps every frame, exactly as trained, and a session ends at ``left``; True forgets the oldest,
     so that a frame sees the prompt and ``left`` frames before its chunk, for ever.
@@ -73,6 +75,7 @@ class FlowLimits:
     voices: int = 4
     prompt: int = 250
     kept: torch.dtype | None = None
+    schedule: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _positive(self, "left", "voices", "prompt")

@@ -2,14 +2,15 @@
 
 The backbone reads one sequence of text and speech, all looked up in one table; the head knows speech only. A step reads
 a token, or several where text or a prompt comes in, and draws what follows the last of them. A burst goes on from
-there: it reads what it drew and draws again, a slice of the step for each token, without the host. What to read next is
-:mod:`.stream`'s business.
+there: it reads what it drew and draws again, a turn of the step for each token, without the host. Turns are alike, so
+that sessions draw together wherever each of them is in its burst. What to read next is :mod:`.stream`'s business.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,18 +42,22 @@ class SpeechLM(StreamingModel):
 
     def tick(self, variant: Hashable) -> float:
         """At most; a step that reads makes one token."""
-        return TOKEN_SECONDS * self.slices(variant)
+        return TOKEN_SECONDS * self.turns(variant)
 
-    def slices(self, variant: Hashable) -> int:
-        """The draws of a burst."""
+    def turns(self, variant: Hashable) -> int:
+        """The most draws of a burst."""
         return variant.tokens if isinstance(variant, Burst) else 1
+
+    def turns_of(self, variant: Hashable, inputs: Mapping[str, Any]) -> int:
+        """Those of one session."""
+        return max(1, min(int(inputs["draws"]), self.turns(variant)))
 
     def prepare(self) -> None:
         self.eval()
         pack(self)
 
     def state_spec(self) -> Specs:
-        """``lm.drawn`` lives from slice to slice of a burst."""
+        """``lm.drawn`` lives from turn to turn of a burst."""
         spec = self.transformer.state_spec("lm")
         if not self.config.bursts:
             return spec
@@ -117,26 +122,27 @@ class SpeechLM(StreamingModel):
             return {"token": self._draw(*read, inputs["special"], inputs["recent"], inputs, state, slots, target)}
         outputs: dict[str, Tensor] = {}
         for index in range(inputs["special"].shape[1]):
-            outputs = self.step_slice(index, inputs, state, slots, active)
+            outputs = self.step_turn(torch.full_like(slots, index), inputs, state, slots, active)
         return outputs
 
     @torch.no_grad()
-    def step_slice(self, index: int, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
-        """Draw number ``index`` of a burst; the last returns what ``step`` does."""
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """Draw number ``turn [B]`` of each row's burst; returns what ``step`` does, as far as it has come."""
         scratch, length = state["lm.seen"].shape[0] - 1, inputs["special"].shape[1]
-        window = state["lm.drawn"].index_select(0, slots)
-        if index == 0:
-            window.fill_(NONE)
-            window[:, :HISTORY] = inputs["recent"]
-        token = inputs["token"] if index == 0 else window[:, HISTORY + index - 1]
-        going = active & (inputs["draws"] > index) & (token >= 0) & (token < self.config.speech)
-        count = torch.ones_like(token)
-        special, recent = inputs["special"][:, index], window[:, index : index + HISTORY]
+        window, fresh = state["lm.drawn"].index_select(0, slots), turn[:, None] == 0
+        begin = torch.full_like(window, NONE)
+        begin[:, :HISTORY] = inputs["recent"]
+        window = torch.where(fresh, begin, window)
+        at = turn[:, None] + HISTORY
+        token = torch.where(fresh, inputs["token"][:, None], window.gather(1, at - 1))
+        going = active & (inputs["draws"] > turn) & ((token >= 0) & (token < self.config.speech))[:, 0]
+        special = inputs["special"].gather(1, turn[:, None])[:, 0]
+        recent = window.gather(1, turn[:, None] + torch.arange(HISTORY, device=turn.device))
         target = torch.where(going, slots, scratch)
-        drawn = self._draw(token.clamp(min=0)[:, None], count, special, recent, inputs, state, slots, target)
-        window[:, HISTORY + index] = torch.where(going, drawn, NONE)
+        drawn = self._draw(token.clamp(min=0), torch.ones_like(turn), special, recent, inputs, state, slots, target)
+        window = window.scatter(1, at, torch.where(going, drawn, NONE)[:, None])
         state["lm.drawn"].index_copy_(0, torch.where(active, slots, scratch), window)
-        return {"drawn": window[:, HISTORY : HISTORY + length].clone()} if index == length - 1 else {}
+        return {"drawn": window[:, HISTORY : HISTORY + length].clone()}
 
     def _draw(
         self,

@@ -14,12 +14,13 @@ from ..layers.transformer import TransformerConfig
 TOKEN_SECONDS = 0.04
 SPECIALS = 3  # rows beyond the speech tokens: end, one that is not used, fill
 STARTS = 2  # start of sequence, start of speech
-BURSTS = (9, 25)  # for a GPU: three bring the first hop of 25 tokens and its lookahead, one each later 25
+BURSTS = (32,)  # for a GPU: one brings the first hop of 25 tokens and its lookahead; all sessions draw together
 
 
 @dataclass(frozen=True)
 class Burst:
-    """A variant: a step that reads the token drawn last and draws up to ``tokens``, reading each before the next."""
+    """A variant: a step that reads the token drawn last and draws up to ``tokens``, reading each before the next. Each
+    draw is a turn, which sessions take together: one burst of a length suffices."""
 
     tokens: int
 

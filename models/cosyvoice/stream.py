@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from .lm_config import Burst, LMConfig
 from .sampling import HISTORY, NONE, Sampling
 
-STEP_COST = 4  # draws that a device makes while the host gets it from one step to the next, about
 IGNORED = -1
 """As a target: nothing is to be drawn here."""
 
@@ -111,8 +110,8 @@ class TextStream:
     def feed(self, wanted: int = 1) -> Feed | None:
         """The next step, or None while there is nothing to read: more text is needed, or the end is reached.
 
-        wanted: speech tokens that there is use for at once; for more than one it may be a burst, of the length that
-        gives them soonest. Raises RuntimeError while a step is under way.
+        wanted: speech tokens that there is use for at once; for more than one it may be a burst, of as many draws
+        as it has room for. Raises RuntimeError while a step is under way.
         """
         if self._flying:
             raise RuntimeError("the last step's token was not taken yet")
@@ -130,7 +129,7 @@ class TextStream:
         if drawn and (size := self._burst(wanted)) > 1:
             self._flying = 1
             special = np.array([self._special(ahead) for ahead in range(size)])
-            draws = np.array(min(size, self._draws()))
+            draws = np.array(min(size, wanted, self._draws()))
             inputs = {"token": np.array(self._pending[0]), "draws": draws, "special": special, "recent": recent}
             return Feed(Burst(size), inputs | self._sampling)
         lengths = self.config.lengths
@@ -178,9 +177,10 @@ class TextStream:
         return spoken
 
     def _burst(self, wanted: int) -> int:
-        """Tokens of the step that gives so many soonest, if another step costs as much as drawing ``STEP_COST``."""
+        """Room of the step that gives so many in the fewest steps: the least, since one step costs about what the
+        host needs from one to the next."""
         wanted = min(wanted, self._draws())
-        return min((1, *self.config.bursts), key=lambda size: -(-wanted // size) * (size + STEP_COST))
+        return min(self.config.bursts or (1,), key=lambda size: (-(-wanted // size), size))
 
     def _draws(self) -> int:
         """Draws until it is decided here what comes next."""

@@ -33,13 +33,14 @@ class Admission:
         self._mean_length: float | None = None
 
     def utilisation(self, extra: Lane | None = None, *, less: Lane | None = None) -> float:
-        """The share of the device that the admitted sessions need, with one more in ``extra``, one less in ``less``."""
-        total = 0.0
+        """The share of the device, of its busiest stream where it has several, that the admitted sessions need, with
+        one more in ``extra``, one less in ``less``."""
+        shares: dict[str, float] = {}
         for lane in self._measured:
             sessions = self.sessions[lane] + (lane is extra) - (lane is less)
             if sessions:
-                total += self._lane_share(lane, sessions)
-        return total
+                shares[lane.stream] = shares.get(lane.stream, 0.0) + self._lane_share(lane, sessions)
+        return max(shares.values(), default=0.0)
 
     def check(self, lane: Lane, now: float) -> None:
         """Raise AtCapacity unless one more session fits."""
@@ -92,8 +93,8 @@ class Admission:
         return busy / interval
 
     def _step(self, lane: Lane, rows: int) -> float:
-        """Seconds of a whole step (all slices) of ``rows``."""
-        return lane.slices * self._measured[lane].steps[lane.bucket(rows)].ewma
+        """Seconds of a whole step (all slices and turns) of ``rows``."""
+        return lane.slices * lane.turns * self._measured[lane].steps[lane.bucket(rows)].ewma
 
 
 class Shedding:

@@ -20,13 +20,17 @@ STEP_ERRORS = (
 
 
 class Command(Generic[T]):
-    """Something to do in the engine's thread, and who waits for its result."""
+    """Something to do in the engine's thread, and who waits for its result.
 
-    __slots__ = ("_call", "_waiter")
+    joined: after all that was launched and before all that will be, on whatever stream.
+    """
 
-    def __init__(self, call: Callable[[], T], waiter: Waiter | None) -> None:
+    __slots__ = ("_call", "_waiter", "joined")
+
+    def __init__(self, call: Callable[[], T], waiter: Waiter | None, *, joined: bool = True) -> None:
         self._call = call
         self._waiter = waiter
+        self.joined = joined
 
     def __call__(self) -> None:
         if self._waiter is None:

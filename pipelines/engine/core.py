@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence, Set
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ from .answers import STEP_ERRORS, Command, running_loop, settle
 from .errors import AtCapacity, Closed, Stale, StepFailed
 from .lease import Lease
 from .metrics import LaneMetrics
-from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count
+from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count, turn_count
 from .scheduler import Barrier, Batch, Lane, Policy, Scheduler, Work
 from .slots import SlotStore
 
 if TYPE_CHECKING:
+    from .cuda import Streams
     from .engine import Engine
 
 Cost = Callable[[str, Hashable, int], float]
@@ -58,6 +60,7 @@ class Core:
         now: Callable[[], float],
         *,
         cost: Cost | None,
+        slowdown: float,
         policy: Policy,
         limit: float,
         inbox: int,
@@ -74,28 +77,35 @@ class Core:
         names = ("admitted", "refused", "fenced", "discarded", "abandoned", "failed", "undelivered", "unanswered")
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._cost = cost
+        self._slowdown = slowdown
         self._threads = torch.get_num_threads()
-        self._graphs: Any = None
+        self._device_streams: Streams | None = None
 
     # ---------------------------------------------------------------- for the driver
 
     def setup(self) -> None:
         torch.set_num_threads(self._threads)
         if self.device.type == "cuda":
-            from .cuda import Graphs
+            from .cuda import Streams
 
-            self._graphs = Graphs(self.device)
+            self._device_streams = Streams(self.device)
 
     def take(self, item: Work | Barrier | Command[Any]) -> None:
         """Queue work or a barrier; carry out a command."""
         if isinstance(item, Command):
-            item()
+            with self._joined() if item.joined else nullcontext():
+                item()
         else:
             self.scheduler.submit(item)
         self._run_due()
 
-    def decide(self, now: float) -> Batch | float | None:
-        return self.scheduler.next(now)
+    @property
+    def streams(self) -> Set[str]:
+        """Those that models were added on."""
+        return self.scheduler.streams
+
+    def decide(self, now: float, streams: Container[str] | None = None) -> Batch | float | None:
+        return self.scheduler.next(now, streams)
 
     def launch(self, batch: Batch) -> Flight | None:
         lane = batch.lane
@@ -103,7 +113,7 @@ class Core:
         slots = [work.lease.slot.row for work in batch.works]
         try:
             runner = self.hosted[lane.model].runner
-            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, inputs, slots)
+            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, inputs, slots, batch.turns)
         except STEP_ERRORS as error:
             self._failed(batch, error)
             return None
@@ -119,20 +129,21 @@ class Core:
             seconds = self.cost(batch)
         measured = self.measured[batch.lane]
         measured.steps[batch.bucket].add(seconds / (batch.last - batch.first))
-        works = batch.works
-        if self.scheduler.done(batch, now, seconds):
-            measured.finished(
-                len(works), batch.bucket, [now - work.deadline for work in works if work.deadline < math.inf]
-            )
-            self._answer(works, [Row(outputs, index) for index in range(len(works))])
+        rows = self.scheduler.done(batch, now, seconds)
+        works = [batch.works[row] for row in rows]
+        if works or batch.turns:
+            lateness = [now - work.deadline for work in works if work.deadline < math.inf]
+            measured.finished(len(batch.works), batch.bucket, lateness)
+        self._answer(works, [Row(outputs, row) for row in rows])
         self.shedding.update(self.scheduler.load(now), now)
         self._run_due()
 
-    def cost(self, batch: Batch) -> float:
-        """Seconds of virtual time of the batch's slices; 0 without a cost function."""
+    def cost(self, batch: Batch, *, beside: bool = False) -> float:
+        """Seconds of virtual time of the batch's slices; 0 without a cost function. beside: other streams are busy."""
         if self._cost is None:
             return 0.0
-        return self._cost(batch.lane.model, batch.lane.variant, batch.bucket) * (batch.last - batch.first)
+        seconds = self._cost(batch.lane.model, batch.lane.variant, batch.bucket) * (batch.last - batch.first)
+        return seconds * self._slowdown if beside else seconds
 
     def abandon(self, items: Sequence[Work | Barrier | Command[Any]], cause: BaseException | None) -> None:
         """Answer these, and all that is queued, with Closed."""
@@ -166,16 +177,20 @@ class Core:
         tick: float | None,
         exact: bool,
         measure: bool,
+        stream: str,
+        patient: bool,
     ) -> None:
         """Allocate, prepare and measure a model."""
-        store = SlotStore(model, slots, self.device, name=name)
-        runner = CpuRunner(model, store, self.now) if self._graphs is None else self._graphs.runner(model, store)
+        store, runner = self._host(name, model, slots, stream)
         hosted = Hosted(model, store, runner, {}, {})
         measured: dict[Lane, LaneMetrics] = {}
         for variant in variants:
             sizes = probe_exact_buckets(model, variant, buckets) if exact and len(buckets) > 1 else tuple(buckets)
             period = model.tick(variant)
-            lane = Lane(name, variant, period, budget or period, sizes, slice_count(model, variant))
+            slices, turns = slice_count(model, variant), turn_count(model, variant)
+            lane = Lane(
+                name, variant, period, budget or period, sizes, slices, turns=turns, stream=stream, patient=patient
+            )
             if tick is not None:
                 lane.tick = tick
             hosted.lanes[variant] = lane
@@ -221,6 +236,20 @@ class Core:
 
     # ---------------------------------------------------------------- inside
 
+    def _host(self, name: str, model: StreamingModel, slots: int, stream: str) -> tuple[SlotStore, Runner]:
+        """Slots for a model and what steps it."""
+        if self._device_streams is None:
+            store = SlotStore(model, slots, self.device, name=name)
+            return store, CpuRunner(model, store, self.now)
+        graphs = self._device_streams.graphs(stream)
+        with graphs:
+            store = SlotStore(model, slots, self.device, name=name, on=graphs)
+        return store, graphs.runner(model, store)
+
+    def _joined(self) -> AbstractContextManager[object]:
+        """See ``Streams.joined``."""
+        return nullcontext() if self._device_streams is None else self._device_streams.joined()
+
     def _admit(self, engine: Engine, hosted: Hosted, lane: Lane, paced: bool, source: Lease | None) -> Lease:
         store, now = hosted.store, self.now()
         try:
@@ -249,8 +278,9 @@ class Core:
                 measured.steps[bucket].add(self._cost(lane.model, lane.variant, bucket))
                 continue
             slots = [hosted.store.scratch] * bucket
+            turns = [0] * bucket if lane.turns > 1 else []
             for repeat in range(WARM_STEPS):
-                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots)
+                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots, turns)
                 _, seconds = flight.wait()
                 if repeat:
                     measured.steps[bucket].add(seconds / lane.slices)
@@ -262,17 +292,18 @@ class Core:
                 call()
 
     def _failed(self, batch: Batch, error: Exception) -> None:
-        if not self.scheduler.done(batch, self.now(), 0.0, failed=True):
+        rows = self.scheduler.done(batch, self.now(), 0.0, failed=True)
+        if not rows:
             return  # an earlier slice had failed
         self.counts["failed"] += 1
         failures: list[Exception] = []
-        for _ in batch.works:
+        for _ in rows:
             lane = batch.lane
             text = f"{type(error).__name__}: {error}"
             failure = StepFailed(f"the step of model {lane.model!r} variant {lane.variant!r} failed: {text}")
             failure.__cause__ = error
             failures.append(failure)
-        self._answer(batch.works, failures)
+        self._answer([batch.works[row] for row in rows], failures)
         self._run_due()
 
     def _answer(self, works: Sequence[Work], outcomes: Sequence[Row | Exception]) -> None:

@@ -1,16 +1,18 @@
 """Stepping one model on CUDA: one captured graph per variant, bucket and slice, replayed.
 
 Inputs go from pinned staging to static device buffers, the graph runs over them, and outputs come back into pinned
-buffers with an event, all on one stream. Two batches may be in flight: the host fills the next while the device runs.
-All graphs of a device share one memory pool. That is safe because they run one after another on one stream and each
-graph's outputs are copied out before the next graph can reuse the memory. What a graph reads is kept for as long as the
-graph: making a model ready that shares parts with it replaces what was made of them.
+buffers with an event, all on the model's stream. Two batches of a stream may be in flight: the host fills the next
+while the device runs. All graphs of a stream share one memory pool. That is safe because they run one after another and
+each graph's outputs are copied out before the next graph can reuse the memory; streams, which run at the same time,
+share none. What a graph reads is kept for as long as the graph: making a model ready that shares parts with it replaces
+what was made of them.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,22 +20,58 @@ import torch
 from torch import Tensor, nn
 
 from ...models.streaming import StreamingModel
-from .runner import Array, Sliced, Staging, slice_count
+from .runner import Array, Sliced, Staging, Turning, slice_count, turn_count
 from .slots import SlotStore
 
 EAGER_STEPS = 2  # before a capture: lets libraries allocate their workspaces and pick their kernels
 
 
-class Graphs:
-    """The stream and the memory pool that all models of a device share. Made in the thread that steps them, whose
-    current stream it becomes."""
+class Streams:
+    """The streams of a device by name. Made in the thread that steps its models, whose current stream is then one that
+    none of them runs on."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
         self.device = device
+        self._graphs: dict[str, Graphs] = {}
+        self._commands = torch.cuda.Stream(device)
+        torch.cuda.set_stream(self._commands)
+
+    def graphs(self, name: str) -> Graphs:
+        """What is captured for a stream, which is made where it is new."""
+        if name not in self._graphs:
+            self._graphs[name] = Graphs(self.device)
+        return self._graphs[name]
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """What runs inside, on the thread's own stream, comes after all that was launched before and before all that
+        is launched after."""
+        for graphs in self._graphs.values():
+            self._commands.wait_stream(graphs.stream)
+        try:
+            yield
+        finally:
+            for graphs in self._graphs.values():
+                graphs.stream.wait_stream(self._commands)
+
+
+class Graphs:
+    """A stream and the memory pool of all graphs that are captured for it. As a context: on the stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = torch.cuda.Stream(device, priority=-1)
         self.pool = torch.cuda.graph_pool_handle()
-        torch.cuda.set_stream(self.stream)
+        self._entered: list[AbstractContextManager[object]] = []
+
+    def __enter__(self) -> None:
+        entered: AbstractContextManager[object] = torch.cuda.stream(self.stream)
+        entered.__enter__()
+        self._entered.append(entered)
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().__exit__(None, None, None)
 
     def runner(self, model: StreamingModel, store: SlotStore) -> CudaRunner:
         """A runner of ``model``."""
@@ -67,15 +105,18 @@ class _Landing:
 class _Lane:
     """Buffers and graphs of one variant."""
 
-    def __init__(self, landings: list[_Landing], device: torch.device, slices: int) -> None:
+    def __init__(self, landings: list[_Landing], device: torch.device, slices: int, *, turning: bool) -> None:
         staging = landings[0].staging
         self.landings = landings
         self.turns: Iterator[_Landing] = itertools.cycle(landings)
         self.landing = landings[0]  # of the batch that started last
         self.slices = slices
+        self.turning = turning
+        self.taken: tuple[int, list[int], list[int]] | None = None  # what the device's buffers hold, of turns
         self.inputs = {name: tensor.to(device) for name, tensor in staging.inputs.items()}
         self.slots = staging.slots.to(device)
         self.active = staging.active.to(device)
+        self.turn = staging.turns.to(device)
         self.captures: dict[int, list[_Capture]] = {}
 
     def arguments(self, bucket: int, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Any]:
@@ -121,16 +162,25 @@ class CudaRunner:
         specs = self._model.input_spec(variant)
         stagings = [Staging(specs, max(buckets), self._store.scratch, pinned=True) for _ in range(self.depth)]
         slices = slice_count(self._model, variant)
-        lane = _Lane([_Landing(staging) for staging in stagings], self._graphs.device, slices)
-        for bucket in sorted(buckets, reverse=True):
-            lane.captures[bucket] = [self._capture(lane, bucket, index) for index in range(slices)]
-            for landing in lane.landings:
-                landing.make_room(lane.captures[bucket][-1].outputs)
+        landings, turning = [_Landing(staging) for staging in stagings], turn_count(self._model, variant) > 1
+        with self._graphs:
+            lane = _Lane(landings, self._graphs.device, slices, turning=turning)
+            for bucket in sorted(buckets, reverse=True):
+                lane.captures[bucket] = [self._capture(lane, bucket, index) for index in range(slices)]
+                for landing in lane.landings:
+                    landing.make_room(lane.captures[bucket][-1].outputs)
         self._lanes[variant] = lane
         self._read = held(self._model)
 
     def launch(
-        self, variant: Hashable, bucket: int, first: int, last: int, inputs: list[dict[str, Array]], slots: list[int]
+        self,
+        variant: Hashable,
+        bucket: int,
+        first: int,
+        last: int,
+        inputs: list[dict[str, Array]],
+        slots: list[int],
+        turns: Sequence[int] = (),
     ) -> CudaFlight:
         lane, stream = self._lanes[variant], self._graphs.stream
         captures = lane.captures[bucket]
@@ -139,8 +189,12 @@ class CudaRunner:
             if first == 0:
                 lane.landing = next(lane.turns)
                 lane.landing.landed.synchronize()  # the batch that used it before: long landed, unless this one hurries
-                lane.landing.staging.fill(inputs, slots, bucket)
-                self._upload(lane, bucket)
+                # The turn after the last of the same rows finds its inputs on the device.
+                if not turns or lane.taken != (bucket, slots, list(turns)):
+                    lane.landing.staging.fill(inputs, slots, bucket, turns)
+                    self._upload(lane, bucket)
+                if turns:
+                    lane.taken = (bucket, slots, [turn + 1 for turn in turns])
             landing = lane.landing
             started.record(stream)
             for capture in captures[first:last]:
@@ -162,6 +216,8 @@ class CudaRunner:
             lane.inputs[name][:bucket].copy_(tensor, non_blocking=True)
         lane.slots[:bucket].copy_(slots, non_blocking=True)
         lane.active[:bucket].copy_(active, non_blocking=True)
+        if lane.turning:
+            lane.turn[:bucket].copy_(lane.landing.staging.turns[:bucket], non_blocking=True)
 
     def _capture(self, lane: _Lane, bucket: int, index: int) -> _Capture:
         """Capture slice ``index`` for this bucket. The buffers hold padding rows, so only scratch is written."""
@@ -172,6 +228,7 @@ class CudaRunner:
             with torch.cuda.stream(stream):
                 for _ in range(EAGER_STEPS):
                     self._step(lane, index, arguments)
+                    lane.turn.zero_()
             stream.synchronize()
             # Other threads may use CUDA meanwhile: only this one's calls belong to the capture.
             try:
@@ -183,6 +240,11 @@ class CudaRunner:
         return _Capture(graph, outputs)
 
     def _step(self, lane: _Lane, index: int, arguments: tuple[Any, Any, Any, Any]) -> dict[str, Tensor]:
+        if lane.turning:
+            turn = lane.turn[: len(arguments[2])]
+            outputs = cast(Turning, self._model).step_turn(turn, *arguments)
+            turn.add_(1)
+            return outputs
         if lane.slices == 1:
             return self._model.step(*arguments)
         return cast(Sliced, self._model).step_slice(index, *arguments)

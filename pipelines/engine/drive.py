@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 from .answers import Command
@@ -19,6 +21,8 @@ from .runner import Flight
 from .scheduler import Barrier, Batch, Work
 
 Item = Work | Barrier | Command[Any]
+
+NAP = 2e-4  # seconds between looks at several streams: nothing can be waited for on all of them
 
 
 class Driver(Protocol):
@@ -95,21 +99,30 @@ class ThreadDriver:
 
     def _loop(self) -> None:
         core, items = self._core, self._items
-        flights: deque[tuple[Batch, Flight]] = deque()
+        flights: deque[tuple[Batch, Flight]] = deque()  # of all streams, in the order of their starts
+        flying: Counter[str] = Counter()
         while not self._stopping:
             while items:
                 core.take(items.popleft())
-            while flights and flights[0][1].ready():
-                core.land(*flights.popleft())
-            decision = core.decide(core.now()) if len(flights) < core.depth else None
+            for landed in [each for each in flights if each[1].ready()]:
+                flights.remove(landed)
+                flying[landed[0].lane.stream] -= 1
+                core.land(*landed)
+            room = [stream for stream in core.streams if flying[stream] < core.depth]
+            decision = core.decide(core.now(), room) if room else None
             if isinstance(decision, Batch):
                 flight = core.launch(decision)
                 if flight is not None:
                     flights.append((decision, flight))
-            elif flights:
-                core.land(*flights.popleft())
-            else:
+                    flying[decision.lane.stream] += 1
+            elif not flights:
                 self._sleep(decision)
+            elif len(core.streams) == 1:
+                landed = flights.popleft()
+                flying[landed[0].lane.stream] -= 1
+                core.land(*landed)
+            else:
+                self._sleep(core.now() + NAP)
         while flights:
             core.land(*flights.popleft())
 
@@ -124,13 +137,13 @@ class ThreadDriver:
 
 class InlineDriver:
     """Runs the core on the event loop that calls it, or without a loop in ``wait_for``: no thread, same order of
-    events every time. On a virtual loop a step takes ``Core.cost`` of virtual time."""
+    events every time. On a virtual loop a step takes ``Core.cost`` of virtual time, and each stream is as busy."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._timer: asyncio.Handle | None = None
         self._soon = False
-        self._flight: tuple[Batch, Flight] | None = None
+        self._flights: dict[str, tuple[Batch, Flight, asyncio.Handle]] = {}  # of each stream
         self._blocking = False
         core.setup()
 
@@ -142,7 +155,7 @@ class InlineDriver:
     def wait_for(self, answers: list[Future[Any]]) -> None:
         if all(answer.done() for answer in answers):
             return
-        if self._flight is not None:
+        if self._flights:
             raise EngineError("a batch is in flight on the event loop; use the awaitable calls there")
         self._blocking = True
         core = self._core
@@ -163,55 +176,60 @@ class InlineDriver:
             self._blocking = False
 
     def close(self) -> None:
+        self._cancel_timer()
+        while self._flights:
+            batch, flight, landing = self._flights.pop(next(iter(self._flights)))
+            landing.cancel()
+            self._core.land(batch, flight)
+        self._core.abandon([], None)
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._flight is not None:
-            self._core.land(*self._flight)
-            self._flight = None
-        self._core.abandon([], None)
 
     def _crank_soon(self) -> None:
-        if self._soon or self._flight is not None:
+        if self._soon or self._flights.keys() >= self._core.streams:
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # no loop runs here: wait_for will turn the crank
             return
-        if self._timer is not None:
-            self._timer.cancel()
+        self._cancel_timer()
         self._soon = True
-        self._timer = loop.call_soon(self._crank)
+        self._timer = loop.call_soon(self._guarded, self._turn)
 
-    def _crank(self) -> None:
-        self._soon, self._timer = False, None
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """Act; whatever goes wrong ends everything."""
         try:
-            self._turn()
+            act()
         except BaseException as error:
             self._core.abandon([], error)
             raise
 
+    def _land(self, stream: str) -> None:
+        """The time of a stream's batch is over."""
+        batch, flight, _ = self._flights.pop(stream)
+        self._core.land(batch, flight)
+        self._crank_soon()
+
     def _turn(self) -> None:
-        """Land the batch whose time is over; else start one, or set a timer for when one may start."""
+        """Start a batch, or set a timer for when one may start."""
         core = self._core
+        self._soon, self._timer = False, None
         loop = asyncio.get_running_loop()
-        if self._flight is not None:
-            landing, self._flight = self._flight, None
-            core.land(*landing)
-            self._crank_soon()
-            return
         now = core.now()
-        decision = core.decide(now)
+        decision = core.decide(now, core.streams - self._flights.keys())
         if isinstance(decision, Batch):
+            stream = decision.lane.stream
             flight = core.launch(decision)
-            seconds = 0.0 if flight is None else core.cost(decision)
+            seconds = 0.0 if flight is None else core.cost(decision, beside=bool(self._flights))
             if flight is not None and seconds > 0:
-                self._flight = (decision, flight)
-                self._timer = loop.call_later(seconds, self._crank)
-                return
-            if flight is not None:
+                landing = loop.call_later(seconds, self._guarded, partial(self._land, stream))
+                self._flights[stream] = (decision, flight, landing)
+            elif flight is not None:
                 core.land(decision, flight)
             self._crank_soon()
         elif decision is not None:
             # A loop may round its timers: never ask for less than it can tell apart.
-            self._timer = loop.call_later(max(decision - now, 1e-6), self._crank)
+            self._timer = loop.call_later(max(decision - now, 1e-6), self._guarded, self._turn)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -26,8 +26,8 @@ from .drive import Driver, InlineDriver, Item, ThreadDriver
 from .errors import Closed
 from .lease import Lease
 from .metrics import prometheus
-from .runner import EXACT_ROWS, InputCheck, Inputs, Row
-from .scheduler import EDF_TICKS_SLICES, Barrier, Lane, Policy, Work
+from .runner import EXACT_ROWS, InputCheck, Inputs, Row, Turning
+from .scheduler import EDF_TICKS_SLICES, MAIN, Barrier, Lane, Policy, Work
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ class Engine:
 
     clock: what deadlines are measured on; the wall clock by default, any other only with ``inline``.
     cost: seconds of virtual time of one slice, from model name, variant and bucket; only with ``inline``.
+    slowdown: how many times that it takes while another stream is busy.
     limit: the share of the device that admission may give away.
     inbox: unanswered chunks a lease may have.
     """
@@ -51,6 +52,7 @@ class Engine:
         clock: Clock | None = None,
         inline: bool = False,
         cost: Cost | None = None,
+        slowdown: float = 1.0,
         policy: Policy = EDF_TICKS_SLICES,
         limit: float = LIMIT,
         inbox: int = 8,
@@ -63,8 +65,9 @@ class Engine:
         self.now = (clock or WallClock()).now
         self.shedding = shedding or Shedding()
         self._core = Core(
-            self.device, self.now, cost=cost, policy=policy, limit=limit, inbox=inbox, shedding=self.shedding
-        )
+            self.device, self.now, cost=cost, slowdown=slowdown, policy=policy, limit=limit, inbox=inbox,
+            shedding=self.shedding,
+        )  # fmt: skip
         self._closed = False
         self._driver: Driver = InlineDriver(self._core) if inline else ThreadDriver(self._core, f"engine {self.device}")
         if not inline:
@@ -82,6 +85,8 @@ class Engine:
         exact: bool | None = None,
         tick: float | None = None,
         measure: bool = True,
+        stream: str = MAIN,
+        patient: bool = False,
     ) -> None:
         """Allocate slots for a model, prepare its buckets (on CUDA capture their graphs) and measure its steps. Blocks.
 
@@ -91,6 +96,9 @@ class Engine:
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
+        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream.
+        stream: models of different streams run at the same time, of one stream one after another. Steps that leave
+        most of a device idle, waiting for memory or launches, gain from others beside them.
         """
         if name in self._core.hosted:
             raise ValueError(f"a model named {name!r} was added before; choose another name")
@@ -103,7 +111,7 @@ class Engine:
         model.prepare()
         host = partial(
             self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact,
-            measure=measure,
+            measure=measure, stream=stream, patient=patient,
         )  # fmt: skip
         self.ask_sync(host)
 
@@ -117,7 +125,7 @@ class Engine:
         paced: the session sends at the pace of its media and its chunks have deadlines. False (a file): it counts
         against the slots only and runs in the gaps.
         """
-        return await self.ask(partial(self._core.open, self, name, variant, paced))
+        return await self._ask_core(partial(self._core.open, self, name, variant, paced))
 
     def open_sync(self, name: str, variant: Hashable = None, *, paced: bool = False) -> Lease:
         """``open``, blocking; for files unless ``paced``."""
@@ -203,7 +211,7 @@ class Engine:
 
     def drop(self, lease: Lease, epoch: float) -> None:
         """Drop the lease's waiting chunks of epochs before ``epoch``."""
-        self.tell(partial(self._core.fence, lease, epoch))
+        self._hand(Command(partial(self._core.fence, lease, epoch), None, joined=False))
 
     def leave(self, lease: Lease) -> None:
         """Drop what the lease has waiting, and free its slot after what it has running."""
@@ -217,13 +225,25 @@ class Engine:
 
     def switch(self, lease: Lease, variant: Hashable) -> asyncio.Future[tuple[Lane, InputCheck]]:
         """The lane and input check of another variant, with the lease counted there."""
-        return self.ask(partial(self._core.switch, lease, variant))
+        return self._ask_core(partial(self._core.switch, lease, variant))
+
+    def turns(self, lane: Lane, inputs: Inputs) -> int:
+        """Turns that a step of these inputs takes. May be called from any thread."""
+        if lane.turns == 1:
+            return 1
+        return cast(Turning, self._core.find(lane.model).model).turns_of(lane.variant, inputs)
 
     def lane(self, name: str, variant: Hashable) -> tuple[Lane, InputCheck]:
         """The lane and input check of a variant. May be called from any thread. Raises ValueError."""
         hosted = self._core.find(name)
         lane = hosted.lane(variant)
         return lane, hosted.checks[lane.variant]
+
+    def _ask_core(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """``ask``, for what touches no memory of the device but a slot's, on the stream of its model."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._hand(Command(call, future, joined=False))
+        return future
 
     def _command(self, command: Command[Any], lease: Lease | None) -> None:
         self._hand(command if lease is None else Barrier(lease, command))

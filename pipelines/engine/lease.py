@@ -156,7 +156,8 @@ class Lease:
         now = self._engine.now()
         if deadline is None:
             deadline = now + self.lane.budget if self.paced else math.inf
-        return Work(self.lane, self, deadline, now, epoch, self._check(inputs), waiter)
+        lane, checked = self.lane, self._check(inputs)
+        return Work(lane, self, deadline, now, epoch, checked, waiter, self._engine.turns(lane, checked))
 
     def _refuse_waiting(self, error: Exception, epoch: float) -> None:
         kept: deque[Work] = deque()

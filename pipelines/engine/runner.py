@@ -32,6 +32,26 @@ class Sliced(Protocol):
         """Part ``index`` of ``step``; the last part's return value is the step's."""
 
 
+@runtime_checkable
+class Turning(Protocol):
+    """A model some of whose steps are made of equal turns, so that sessions may join a batch and leave it in between.
+    What turns share lives in the state; ``step`` takes all of them."""
+
+    def turns(self, variant: Hashable) -> int:
+        """Most turns of a step of ``variant``; 1 where it is not made of turns."""
+
+    def turns_of(self, variant: Hashable, inputs: Inputs) -> int:
+        """Turns of one session's step."""
+
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        """Turn number ``turn [B]`` of each row's step. A row's outputs are the step's where it is its last."""
+
+
+def turn_count(model: StreamingModel, variant: Hashable) -> int:
+    """Most turns of one step of ``variant``."""
+    return model.turns(variant) if isinstance(model, Turning) else 1
+
+
 def slice_count(model: StreamingModel, variant: Hashable) -> int:
     """Parts of one step of ``variant``."""
     return model.slices(variant) if isinstance(model, Sliced) else 1
@@ -69,6 +89,7 @@ class Staging:
 
         self.inputs = {name: buffer(spec) for name, spec in specs.items()}
         self.slots = buffer(TensorSpec((), torch.int64, scratch))
+        self.turns = buffer(TensorSpec((), torch.int64))
         self.active = buffer(TensorSpec((), torch.bool))
         self._views: dict[int, tuple[dict[str, Tensor], Tensor, Tensor]] = {}
         self._scratch = scratch
@@ -83,9 +104,14 @@ class Staging:
             self._views[bucket] = (inputs, self.slots[:bucket], self.active[:bucket])
         return self._views[bucket]
 
-    def fill(self, inputs: Sequence[Mapping[str, Array]], slots: Sequence[int], bucket: int) -> None:
-        """Write the rows, and padding up to ``bucket``."""
+    def fill(
+        self, inputs: Sequence[Mapping[str, Array]], slots: Sequence[int], bucket: int, turns: Sequence[int] = ()
+    ) -> None:
+        """Write the rows, and padding up to ``bucket``. turns: of each row, where steps are made of them."""
         rows = len(inputs)
+        if turns:
+            self.turns[:rows] = torch.tensor(turns)
+            self.turns[rows:bucket] = 0
         for field in self._fields:
             field.write([row[field.name] for row in inputs], bucket)
         self._slots[:rows] = slots
@@ -184,9 +210,16 @@ class Runner(Protocol):
         """Allocate (and capture) what batches of these sizes need."""
 
     def launch(
-        self, variant: Hashable, bucket: int, first: int, last: int, inputs: list[dict[str, Array]], slots: list[int]
+        self,
+        variant: Hashable,
+        bucket: int,
+        first: int,
+        last: int,
+        inputs: list[dict[str, Array]],
+        slots: list[int],
+        turns: Sequence[int] = (),
     ) -> Flight:
-        """Run slices ``first`` to ``last`` for these rows."""
+        """Run slices ``first`` to ``last`` for these rows; of a variant made of turns, turn ``turns[i]`` of row i."""
 
 
 class CpuRunner:
@@ -206,17 +239,26 @@ class CpuRunner:
         self._slices[variant] = slice_count(self._model, variant)
 
     def launch(
-        self, variant: Hashable, bucket: int, first: int, last: int, inputs: list[dict[str, Array]], slots: list[int]
+        self,
+        variant: Hashable,
+        bucket: int,
+        first: int,
+        last: int,
+        inputs: list[dict[str, Array]],
+        slots: list[int],
+        turns: Sequence[int] = (),
     ) -> Flight:
         staging = self._staging[variant]
         started = self._now()
         if first == 0:
-            staging.fill(inputs, slots, bucket)
+            staging.fill(inputs, slots, bucket, turns)
         tensors, slot_rows, active = staging.views(bucket)
         arguments = (tensors, self._store.state, slot_rows, active)
         outputs: dict[str, Tensor] = {}
         with torch.inference_mode():
-            if self._slices[variant] == 1:
+            if turns:
+                outputs = cast(Turning, self._model).step_turn(staging.turns[:bucket], *arguments)
+            elif self._slices[variant] == 1:
                 outputs = self._model.step(*arguments)
             else:
                 for index in range(first, last):

@@ -11,6 +11,11 @@ A pure object: no threads, no torch, no clock of its own. The caller submits ``W
   what waits behind it.
 - *Slices.* A model whose step is long (an ODE solver's steps, a prefill) yields after each slice. The next slice may
   start before the last is done: a device that keeps several in its queue runs them in order.
+- *Turns.* A step may be made of equal turns (tokens that are drawn one after another): works join the lane's batch
+  before any turn and leave it when theirs are over, so that nobody waits for the steps of others to end. A lane that is
+  under way takes in whatever waits for a tick.
+- *Streams.* Models may be spread over several streams of a device, whose batches run at the same time. One rule
+  decides for all: of the lanes whose stream has room, the earliest deadline.
 
 Work without a deadline (files) fills the gaps: it runs when no deadline waits, and ticks do not hold it up. Chunks of
 one lease keep their order, at most one of them is ready or running at a time.
@@ -22,12 +27,13 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Container, Hashable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from .errors import InboxFull
 
+MAIN = "main"  # the stream of models that name none
 LOAD_WINDOW = 0.5  # seconds over which the device's busy share is averaged
 RELAXED, BUSY = 0.5, 0.75  # busy shares between which ticks stretch from shortest to longest
 SHORTEST_TICK = 0.02  # seconds; upper bound of a tick on an idle device
@@ -53,7 +59,7 @@ EDF_TICKS_SLICES = Policy()
 class Work:
     """One chunk of one lease. ``payload`` and ``waiter`` belong to the caller; the scheduler does not look at them."""
 
-    __slots__ = ("arrival", "deadline", "epoch", "lane", "lease", "payload", "started", "waiter")
+    __slots__ = ("arrival", "deadline", "done", "epoch", "lane", "lease", "payload", "started", "turns", "waiter")
 
     def __init__(
         self,
@@ -64,6 +70,7 @@ class Work:
         epoch: int = 0,
         payload: Any = None,
         waiter: Any = None,
+        turns: int = 1,
     ) -> None:
         self.lane = lane
         self.lease = lease
@@ -72,7 +79,9 @@ class Work:
         self.epoch = epoch
         self.payload = payload
         self.waiter = waiter
-        self.started = False
+        self.turns = turns
+        self.started = 0  # turns
+        self.done = False
 
 
 class Call(Protocol):
@@ -98,7 +107,8 @@ class Lane:
 
     period: media seconds of one step. budget: seconds from arrival to deadline. buckets: batch sizes, ascending.
     slices: parts the step comes in. tick: shortest seconds between two starts; default a quarter of the budget, at most
-    20 ms.
+    20 ms. turns: most turns of a step. stream: what its batches run on, one after another. patient: works that can wait
+    (until half a budget before their deadline) do so while something that cannot runs on another stream.
     """
 
     model: str
@@ -108,11 +118,15 @@ class Lane:
     buckets: tuple[int, ...]
     slices: int = 1
     tick: float = -1.0
+    turns: int = 1
+    stream: str = MAIN
+    patient: bool = False
     next_start: float = -math.inf
     depth: int = 0  # works submitted and not started
     _ready: list[tuple[float, int, Work]] = field(default_factory=list)
     _quota: int = 0  # rows of this tick that still wait for a batch
     _running: Batch | None = None  # of a sliced batch that is not done, what started last
+    _turning: int = 0  # works that have begun and have turns left
 
     def __post_init__(self) -> None:
         if not self.buckets or sorted(set(self.buckets)) != list(self.buckets) or self.buckets[0] < 1:
@@ -129,7 +143,10 @@ class Lane:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """Works of one lane to step together: slices ``first`` to ``last`` (exclusive) of the lane's ``slices``."""
+    """Works of one lane to step together: slices ``first`` to ``last`` (exclusive) of the lane's ``slices``.
+
+    turns: which each work takes, in a lane whose steps are made of them.
+    """
 
     lane: Lane
     works: list[Work]
@@ -137,6 +154,7 @@ class Batch:
     urgency: tuple[float, int]
     first: int = 0
     last: int = 0
+    turns: Sequence[int] = ()
 
 
 class Scheduler:
@@ -149,8 +167,8 @@ class Scheduler:
         self._inboxes: dict[Hashable, deque[Work | Barrier]] = {}
         self._due_calls: list[Call] = []
         self._order = itertools.count()
-        self._load = 0.0
-        self._load_at = 0.0
+        self._flying: dict[str, deque[bool]] = {}  # of each stream: whether what was started and is not done is urgent
+        self._loads: dict[str, tuple[float, float]] = {}  # of each stream: busy share, and when it was that
 
     def add(self, lane: Lane) -> Lane:
         """Make a lane known."""
@@ -158,7 +176,14 @@ class Scheduler:
         if key in self.lanes:
             raise ValueError(f"model {lane.model!r} variant {lane.variant!r} was added before; choose another name")
         self.lanes[key] = lane
+        self._loads.setdefault(lane.stream, (0.0, -math.inf))
+        self._flying.setdefault(lane.stream, deque())
         return lane
+
+    @property
+    def streams(self) -> Set[str]:
+        """Of all lanes."""
+        return self._loads.keys()
 
     def submit(self, item: Work | Barrier) -> None:
         """Queue a work or a barrier behind what its lease submitted before. Raises InboxFull."""
@@ -173,12 +198,17 @@ class Scheduler:
         if len(queue) == 1:
             self._expose(item.lease, queue)
 
-    def next(self, now: float) -> Batch | float | None:
-        """What to run now, else the time from which something may start, else None (nothing waits)."""
+    def next(self, now: float, streams: Container[str] | None = None) -> Batch | float | None:
+        """What to run now, else the time from which something may start, else None (nothing waits).
+
+        streams: those that have room; by default all.
+        """
         chosen: Lane | None = None
         urgency: tuple[float, int] = (math.inf, 0)
         wake: float | None = None
         for lane in self.lanes.values():
+            if streams is not None and lane.stream not in streams:
+                continue
             if lane._running is not None:
                 if lane._running.last == lane.slices:
                     continue
@@ -187,7 +217,8 @@ class Scheduler:
                     key = min(key, lane._ready[0][:2])
             elif lane._ready:
                 head = lane._ready[0]
-                if now < lane.next_start and lane._quota <= 0 and (deadline := head[2].deadline) < math.inf:
+                going = lane._quota > 0 or lane._turning > 0
+                if now < lane.next_start and not going and (deadline := head[2].deadline) < math.inf:
                     start = min(lane.next_start, deadline - lane.budget / 2)
                     if now < start:
                         wake = start if wake is None else min(wake, start)
@@ -195,26 +226,39 @@ class Scheduler:
                 key = head[:2]
             else:
                 continue
+            if lane.patient and now < (start := key[0] - lane.budget / 2) and self._urgent_beside(lane):
+                wake = start if wake is None else min(wake, start)
+                continue
             if chosen is None or key < urgency:
                 chosen, urgency = lane, key
         return wake if chosen is None else self._start(chosen, now)
 
-    def done(self, batch: Batch, now: float, seconds: float, *, failed: bool = False) -> bool:
-        """The slices of ``batch`` took ``seconds`` of the device. True once for a batch: when its last slice is done,
-        or one has failed, whatever becomes of those that had started by then."""
-        self._load = self.load(now) + seconds / LOAD_WINDOW
-        self._load_at = max(now, self._load_at)
+    def done(self, batch: Batch, now: float, seconds: float, *, failed: bool = False) -> list[int]:
+        """The slices of ``batch`` took ``seconds`` of its stream. Returns the rows whose works end with it: all when
+        its last slice is done, or one has failed, once, whatever becomes of those that had started by then; of a turn
+        those that have no other, or all that had not ended when it failed."""
         lane = batch.lane
+        if self._flying[lane.stream]:
+            self._flying[lane.stream].popleft()
+        self._loads[lane.stream] = (self.load(now, lane.stream) + seconds / LOAD_WINDOW, now)
         if lane.slices > 1:
             gone = lane._running is None or lane._running.works is not batch.works
             if gone or (not failed and batch.last < lane.slices):
-                return False
+                return []
             lane._running = None
-        for work in batch.works:
+        rows = list(range(len(batch.works)))
+        if batch.turns:
+            rows = [row for row in rows if self._ends(batch, row, failed)]
+            if failed:
+                lost = {batch.works[row] for row in rows}
+                self._drop_ready(lane, lost)
+        for row in rows:
+            work = batch.works[row]
+            work.done = True
             queue = self._inboxes[work.lease]
             queue.popleft()
             self._expose(work.lease, queue)
-        return True
+        return rows
 
     def fence(self, lease: Hashable, epoch: float) -> list[Work]:
         """Drop the lease's waiting works of epochs before ``epoch`` and return them. Running ones finish."""
@@ -232,8 +276,7 @@ class Scheduler:
         for work in dropped:
             work.lane.depth -= 1
         if isinstance(head, Work) and head in gone:
-            head.lane._ready = [entry for entry in head.lane._ready if entry[2] is not head]
-            heapq.heapify(head.lane._ready)
+            self._drop_ready(head.lane, gone)
             head.lane._quota = min(head.lane._quota, len(head.lane._ready))
             self._expose(lease, queue)
         return dropped
@@ -249,19 +292,38 @@ class Scheduler:
         self._inboxes.clear()
         for lane in self.lanes.values():
             lane._ready.clear()
-            lane._quota, lane._running, lane.depth = 0, None, 0
+            lane._quota, lane._running, lane._turning, lane.depth = 0, None, 0, 0
         return items
 
-    def load(self, now: float) -> float:
-        """The device's busy share, averaged over the last half second or so."""
-        return self._load * math.exp(-max(0.0, now - self._load_at) / LOAD_WINDOW)
+    def load(self, now: float, stream: str | None = None) -> float:
+        """The busy share of a stream, by default of the busiest, averaged over the last half second or so."""
+        if stream is None:
+            return max((self.load(now, one) for one in self._loads), default=0.0)
+        load, at = self._loads[stream]
+        return load * math.exp(-max(0.0, now - at) / LOAD_WINDOW)
 
     def tick(self, lane: Lane, now: float) -> float:
         """Seconds from a start of the lane at ``now`` to its next."""
         if not self.policy.ticks:
             return 0.0
-        stretch = min(1.0, max(0.0, (self.load(now) - RELAXED) / (BUSY - RELAXED)))
+        stretch = min(1.0, max(0.0, (self.load(now, lane.stream) - RELAXED) / (BUSY - RELAXED)))
         return lane.tick + stretch * (max(lane.tick, lane.budget / 2) - lane.tick)
+
+    def _urgent_beside(self, lane: Lane) -> bool:
+        """Whether something urgent is under way on another stream."""
+        return any(any(urgent) for stream, urgent in self._flying.items() if stream != lane.stream)
+
+    def _ends(self, batch: Batch, row: int, failed: bool) -> bool:
+        """Whether a work ends with its turn in ``batch``."""
+        work = batch.works[row]
+        return not work.done and (failed or batch.turns[row] == work.turns - 1)
+
+    def _drop_ready(self, lane: Lane, works: Container[Work]) -> None:
+        """Take works out of what is ready."""
+        dropped = [entry[2] for entry in lane._ready if entry[2] in works]
+        lane._turning -= sum(work.started > 0 for work in dropped)
+        lane._ready = [entry for entry in lane._ready if entry[2] not in works]
+        heapq.heapify(lane._ready)
 
     def _expose(self, lease: Hashable, queue: deque[Work | Barrier]) -> None:
         """Make the head of a lease's queue ready, and the barriers before it due."""
@@ -281,18 +343,20 @@ class Scheduler:
             batch = self._gather(lane, now)
         last = batch.last + 1 if self.policy.sliced else lane.slices
         batch = replace(batch, first=batch.last, last=last)
+        self._flying[lane.stream].append(batch.urgency[0] - lane.budget / 2 <= now)
         if lane.slices > 1:
             lane._running = batch
         return batch
 
     def _gather(self, lane: Lane, now: float) -> Batch:
         ready = lane._ready
+        turning = lane.turns > 1
         if lane._quota <= 0:
             lane._quota = len(ready)
-            if ready[0][2].deadline < math.inf:
+            if ready[0][2].deadline < math.inf and not lane._turning:
                 lane.next_start = now + self.tick(lane, now)
         size = min(lane._quota, lane.buckets[-1]) if self.policy.batched else 1
-        lane._quota -= size
+        lane._quota = 0 if turning else lane._quota - size
         if size == len(ready):
             entries = sorted(ready)
             ready.clear()
@@ -300,6 +364,14 @@ class Scheduler:
             entries = [heapq.heappop(ready) for _ in range(size)]
         works = [entry[2] for entry in entries]
         for work in works:
-            work.started = True
-        lane.depth -= size
-        return Batch(lane, works, lane.bucket(size), entries[0][:2])
+            lane.depth -= not work.started
+            work.started += 1
+        if not turning:
+            return Batch(lane, works, lane.bucket(size), entries[0][:2])
+        for entry in entries:
+            work = entry[2]
+            if work.started < work.turns:
+                heapq.heappush(ready, entry)
+        lane._turning = sum(entry[2].started > 0 for entry in ready)
+        turns = [work.started - 1 for work in works]
+        return Batch(lane, works, lane.bucket(size), entries[0][:2], turns=turns)

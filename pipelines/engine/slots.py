@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -47,11 +48,18 @@ class SlotStore:
     """Slots for ``slots`` sessions of ``model`` on ``device``.
 
     ``state`` maps each name to its ``[slots + 1, ...]`` tensor and is what ``StreamingModel.step`` gets.
+    on: entered around everything that is done to the state: the stream that the model's steps run on.
     Not thread-safe: the engine's thread owns it.
     """
 
     def __init__(
-        self, model: StreamingModel, slots: int, device: torch.device | str = "cpu", *, name: str | None = None
+        self,
+        model: StreamingModel,
+        slots: int,
+        device: torch.device | str = "cpu",
+        *,
+        name: str | None = None,
+        on: AbstractContextManager[object] | None = None,
     ) -> None:
         if slots < 1:
             raise ValueError(f"slots is {slots}; a store needs at least 1")
@@ -60,6 +68,7 @@ class SlotStore:
         self.slots = slots
         self.scratch = slots
         self.state: dict[str, Tensor] = {key: spec.new(slots + 1, device) for key, spec in self.specs.items()}
+        self._on = on or nullcontext()
         self._held: dict[int, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._hash = spec_hash(self.specs)
@@ -107,21 +116,24 @@ class SlotStore:
     def snapshot(self, slot: Slot) -> Snapshot:
         """The slot's state as CPU tensors that share no memory with the store."""
         index = self._check(slot)
-        return {name: tensor[index].to("cpu", copy=True) for name, tensor in self.state.items()}
+        with self._on:
+            return {name: tensor[index].to("cpu", copy=True) for name, tensor in self.state.items()}
 
     def restore(self, slot: Slot, snapshot: Mapping[str, Tensor]) -> None:
         """Overwrite the slot with a snapshot. Raises BadSnapshot when names, shapes or dtypes differ."""
         index = self._check(slot)
         self.check(snapshot)
-        for name, tensor in self.state.items():
-            tensor[index].copy_(snapshot[name])
+        with self._on:
+            for name, tensor in self.state.items():
+                tensor[index].copy_(snapshot[name])
 
     def fork(self, slot: Slot) -> Slot:
         """Take a free slot and copy this one into it, on the device. Raises OutOfSlots."""
         source = self._check(slot)
         copy = self._take()
-        for tensor in self.state.values():
-            tensor[copy.row].copy_(tensor[source])
+        with self._on:
+            for tensor in self.state.values():
+                tensor[copy.row].copy_(tensor[source])
         return copy
 
     def check(self, snapshot: Mapping[str, Tensor]) -> None:
@@ -176,8 +188,9 @@ class SlotStore:
         return slot.row
 
     def _fill(self, index: int) -> None:
-        for name, tensor in self.state.items():
-            tensor[index].fill_(self.specs[name].reset)
+        with self._on:
+            for name, tensor in self.state.items():
+                tensor[index].fill_(self.specs[name].reset)
 
 
 def _header(data: bytes) -> dict[str, str]:

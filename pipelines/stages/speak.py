@@ -20,7 +20,6 @@ Out = tuple[str, Chunk]
 Flying = dict["asyncio.Future[Row]", Step]
 
 PIECE_SECONDS = 0.1  # of sound in one chunk
-SHORTEST_DEADLINE = 0.1  # seconds that a step may take while nothing is left to be played
 PASSAGES_WAITING = 8  # of text taken in advance
 NAP = 0.1  # seconds between looks at how far the listener is
 
@@ -97,7 +96,8 @@ class _Saying:
         self.ctx, self.synthesis, self.places, self.rate, self.epoch = ctx, synthesis, places, rate, epoch
         self._ahead = stage.ahead
         self._start = self._at = at
-        self._began: float | None = None  # clock time of the first sound
+        self._asked = ctx.now  # clock time of the last text
+        self._began: float | None = None  # and of the first sound
         self._finished = False
         self._passage = at  # where the passage that comes out begins
         self._number = -1
@@ -110,6 +110,7 @@ class _Saying:
         """More text."""
         if not isinstance(chunk, Text):
             raise TypeError(f"speak takes text, got {chunk}")
+        self._asked = self.ctx.now
         self.synthesis.push(chunk.text)
         if chunk.final:
             self.finish()
@@ -139,7 +140,7 @@ class _Saying:
             for part in PARTS:
                 if (part == "lm" or not enough) and (step := self.synthesis.next(part)) is not None:
                     lease = self.places.ready(step)
-                    deadline = self.ctx.now + max(SHORTEST_DEADLINE, spare + step.slack)
+                    deadline = step.deadline(self._asked, self.ctx.now, spare)
                     self._flying[lease.step(step.inputs, deadline=deadline)] = step
             if self._flying:
                 done, _ = await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED)

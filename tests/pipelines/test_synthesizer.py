@@ -25,7 +25,7 @@ from antiphon.models.files import CheckpointError
 from antiphon.pipelines.engine import AtCapacity
 from antiphon.pipelines.speech import Part
 from antiphon.pipelines.speech_checkpoint import load
-from antiphon.pipelines.synthesis import LONGEST_SENTENCE, Piece, Step, Synthesis, timings
+from antiphon.pipelines.synthesis import FIRST, LONGEST_SENTENCE, Piece, Step, Synthesis, timings
 from antiphon.pipelines.synthesizer import Places, Synthesizer
 
 Samples = NDArray[np.float32]
@@ -187,6 +187,12 @@ def test_steps_tell_how_much_speech_comes_before_what_they_are_for(models: Synth
     assert vocoder.slack == 0
     take(step := following("lm"))
     assert step.slack == pytest.approx(seconds)
+    # The first sound is due by when its text came, less what still follows; later ones by what is left to be played.
+    assert flow.deadline(5.0, 5.05, 0.0) == pytest.approx(5.0 + FIRST - flow.lead)
+    assert vocoder.deadline(5.0, 5.05, 0.0) == pytest.approx(5.0 + FIRST)
+    assert step.deadline(5.0, 5.05, 0.0) == pytest.approx(5.05 + seconds - step.lead)
+    assert step.deadline(5.0, 6.0, 0.25) == pytest.approx(6.25 + seconds - step.lead)
+    assert step.lead > flow.lead > vocoder.lead == 0
     take(vocoder)
     take(step := following("lm"))
     assert step.slack == pytest.approx(seconds - vocoder.variant * 0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import itertools
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from antiphon.models.cosyvoice.lm import SpeechLM
-from antiphon.models.cosyvoice.lm_config import LMConfig
+from antiphon.models.cosyvoice.lm_config import Burst, LMConfig
 from antiphon.models.cosyvoice.sampling import HISTORY, NONE, Sampling
 from antiphon.models.cosyvoice.stream import TextStream
+from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import Engine, Lease
 
 TINY = LMConfig(
@@ -181,6 +183,36 @@ def test_bursts_draw_what_single_steps_do(bursts: tuple[int, ...], known: bool) 
         assert fewer < 0.7 * steps
         ends.add(single[1])
     assert ends == {"said", "length", "capacity"}
+
+
+def test_sessions_that_join_a_burst_draw_what_they_do_alone() -> None:
+    """Each begins while others are in the middle of theirs."""
+    lm = network(dataclasses.replace(TINY, bursts=(25,)), torch.float32)
+
+    async def main(sessions: Sequence[int]) -> tuple[dict[int, list[int]], float]:
+        made: dict[int, list[int]] = {}
+        with Engine(inline=True, clock=VirtualClock(), cost=lambda *_: 0.001) as engine:
+            engine.add("lm", lm, slots=8, tick=0.0)
+
+            async def say(session: int) -> None:
+                lease = await engine.open("lm", paced=False)
+                stream = TextStream(lm.config, range(3 + session), sampling=Sampling(seed=session), lengths=(4, 8))
+                await asyncio.sleep(0.0037 * session)
+                while (feed := stream.feed(10 + session)) is not None:
+                    lease.use(feed.variant)
+                    row = await lease.step(feed.inputs)
+                    stream.take_all(row["drawn" if "drawn" in row else "token"].flatten().tolist())
+                made[session] = stream.speech
+
+            await asyncio.gather(*map(say, sessions))
+            metrics = engine.metrics()["models"]["lm"]["variants"][Burst(25)]
+        return made, metrics["rows"] / metrics["batches"]
+
+    together, rows = run_virtual(main(range(7)))
+    assert rows > 3
+    for session, speech in together.items():
+        assert len(speech) > 11
+        assert run_virtual(main([session]))[0][session] == speech
 
 
 def test_rows_of_a_burst_stop_each_at_its_own_place() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_models import WIDTH, Breaks, Solver, Toy
+from toy_models import WIDTH, Breaks, Chain, Solver, Toy
 
 from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
 
@@ -160,3 +160,37 @@ def test_an_eager_error_reaches_its_batch() -> None:
     with Engine("cuda") as engine, pytest.raises(ValueError, match="no"):
         engine.add("bad", Bad(), slots=1)
     assert issubclass(StepFailed, RuntimeError)
+
+
+def test_turns_and_streams_beside_each_other_mix_nothing_up() -> None:
+    async def solve(engine: Engine, session: int) -> None:
+        lease = await engine.open("solver", paced=False)
+        total = 0
+        for number in range(60):
+            total += 4 * (number + session)
+            row = await lease.step({"x": np.float32([number + session])})
+            assert row["sum"].item() == total
+
+    async def chain(engine: Engine, session: int) -> None:
+        lease = await engine.open("chain", paced=False)
+        taken = 0
+        for number in range(120):
+            wanted, x = 1 + (7 * session + number) % 6, session + number + 1
+            taken += wanted
+            row = await lease.step({"x": np.float32([x]), "wanted": np.array(wanted)})
+            assert row["total"].item() == x * (2**wanted - 1)
+            assert int(row["turns"]) == taken
+            if number % 17 == 3:
+                lease.reset()
+                taken = 0
+
+    async def main() -> None:
+        with Engine("cuda") as engine:
+            engine.add("solver", Solver(), slots=4, tick=0.0, stream="one")
+            engine.add("chain", Chain(), slots=8, tick=0.0, stream="two")
+            solving = (solve(engine, session) for session in range(4))
+            await asyncio.gather(*solving, *(chain(engine, session) for session in range(8)))
+            metrics = engine.metrics()["models"]["chain"]["variants"]["only"]
+            assert metrics["rows"] > metrics["batches"]
+
+    asyncio.run(main())

@@ -114,7 +114,7 @@ def test_the_next_slice_may_start_before_the_last_is_done() -> None:
     assert [(one.first, one.last) for one in started] == [(0, 1), (1, 2), (2, 3)]
     scheduler.submit(work(long, "next", 0.01))
     assert batch_of(scheduler.next(0.0)).lane is other  # the lane has nothing to start until its batch is done
-    assert [scheduler.done(one, 0.01, 0.0) for one in started] == [False, False, True]
+    assert [bool(scheduler.done(one, 0.01, 0.0)) for one in started] == [False, False, True]
     assert batch_of(scheduler.next(0.02)).works[0].lease == "next"
 
 
@@ -150,7 +150,7 @@ def test_slices_behind_a_failed_one_are_forgotten() -> None:
     following = batch_of(scheduler.next(0.05))
     assert following.works[0].deadline == 0.2
     assert not scheduler.done(second, 0.06, 0.0)
-    assert [scheduler.done(one, 0.1, 0.0) for one in (following, *(scheduler.next(0.1) for _ in range(2)))] == [
+    assert [bool(scheduler.done(one, 0.1, 0.0)) for one in (following, *(scheduler.next(0.1) for _ in range(2)))] == [
         False, False, True,
     ]  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,3 +145,35 @@ class Breaks(Null):
         if bool((inputs["x"] < 0).any()):
             raise ValueError("negative input")
         return super().step(inputs, state, slots, active)
+
+
+class Chain(Null):
+    """As many turns as are wanted, at most six: each doubles a total that is kept in the state and adds the input. The
+    first begins from nothing."""
+
+    def turns(self, variant: Hashable) -> int:
+        return 6
+
+    def turns_of(self, variant: Hashable, inputs: Mapping[str, Any]) -> int:
+        return int(inputs["wanted"])
+
+    def state_spec(self) -> Specs:
+        return {"total": TensorSpec((1,)), "turns": TensorSpec((), torch.int64)}
+
+    def input_spec(self, variant: Hashable) -> Specs:
+        return {"x": TensorSpec((1,)), "wanted": TensorSpec((), torch.int64, 1)}
+
+    def step_turn(self, turn: Tensor, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        if not turn.is_cuda and bool((inputs["x"] < -9)[turn == 2].any()):
+            raise ValueError("negative input")
+        going = active & (turn < inputs["wanted"])
+        before = torch.where(turn[:, None] > 0, state["total"][slots], 0.0)
+        total = torch.where(going[:, None], before * 2 + inputs["x"], state["total"][slots])
+        state["total"][slots] = total
+        state["turns"][slots] = state["turns"][slots] + going.long()
+        return {"total": total, "turns": state["turns"][slots]}
+
+    def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        for index in range(6):
+            outputs = self.step_turn(torch.full_like(slots, index), inputs, state, slots, active)
+        return outputs
