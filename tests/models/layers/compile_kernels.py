@@ -21,6 +21,7 @@ from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_nearest as searching
 from antiphon.models.layers import triton_ring as ring
 from antiphon.models.layers import triton_segments as segments
+from antiphon.models.layers import triton_thin as thin
 from antiphon.models.layers import triton_windows as windows
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -37,7 +38,7 @@ NUMBERS = {
 }
 FLOATS = (
     "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
-    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory", "rest",
+    "norm", "onto", "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory", "rest",
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "b
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
     signature |= {name: f"*{floats}" for name in FLOATS if name in signature}
     signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
-    if kernel is fused._add_norm:
+    if kernel in (fused._add_norm, thin._thin):
         signature["scale"] = "*bf16"
     if kernel is windows._windows:
         signature["total"] = "i32"
@@ -85,6 +86,14 @@ def normed(width: int, bytes_: int) -> dict[str, int]:
     return setting | {"warps": setting.pop("num_warps")}
 
 
+def few(inputs: int, lines: int, **flags: bool) -> int:
+    """Of the most rows."""
+    setting = thin.sizes(inputs, lines)
+    flags = dict.fromkeys(("NORM", "BIAS", "GATE", "ONTO", "SCALE"), False) | flags
+    warps = setting.pop("num_warps")
+    return spills(thin._thin, "", warps, **setting, **flags, ROWS=thin.FEW, VECTOR=thin.VECTOR)
+
+
 found = {
     **{f"{kind} store": spills(ring._store, kind, 2, QUERIES=32, KEYS=32, **STORE) for kind in ("bf16", "fp8e4nv")},
     "bf16 attend one": sized(ring._attend_some, "bf16", ring.SOME_HALF, **MOSHI, QUERIES=16),
@@ -104,6 +113,15 @@ found = {
     **{
         f"few rows of {inputs}": spills(multiplying._few, "", size.pop("num_warps"), floats="fp32", **size, BIAS=True)
         for inputs, size in ((inputs, multiplying.sizes(inputs)) for inputs in (512, multiplying.LONGEST))
+    },
+    **{
+        f"few rows of 16 bits, {inputs} by {lines}": few(inputs, lines, **flags)
+        for inputs, lines, flags in (
+            (4096, 22528, {"NORM": True, "GATE": True}),
+            (11264, 4096, {"ONTO": True}),
+            (1024, 3072, {"NORM": True, "BIAS": True}),
+            (4864, 896, {"ONTO": True, "SCALE": True}),
+        )
     },
     "nearest": spills(searching._nearest, "", 4, floats="fp32", BINS=2048, WIDTH=256),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
