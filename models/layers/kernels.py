@@ -30,7 +30,7 @@ def few_rows(x: Tensor, weight: Tensor) -> bool:
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
     if x.dtype.itemsize == 2:
         return rows <= triton_thin.FEW
-    return rows <= triton_few.FEW and width <= triton_few.LONGEST
+    return x.dtype == torch.float32 and rows <= triton_few.FEW and width <= triton_few.LONGEST
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,16 @@ NUMBERS = {
 }
 FLOATS = (
     "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
-    "norm", "onto", "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory", "rest",
+    "norm", "onto", "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory",
+    "rest",
 )  # fmt: skip
 
 
-def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "bf16", **sizes: Any) -> int:
-    """Loads and stores of registers that found no room. kind: dtype of the rings; floats: of all else."""
+def spills(
+    kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "bf16", even: Sequence[str] = (), **sizes: Any
+) -> int:
+    """Loads and stores of registers that found no room. kind: dtype of the rings; floats: of all else; even: numbers
+    that 16 divides."""
     signature = {name: "constexpr" if name in sizes else NUMBERS.get(name, "i32") for name in kernel.arg_names}
     signature |= {name: f"*{floats}" for name in FLOATS if name in signature}
     signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
@@ -56,6 +61,7 @@ def spills(kernel: Any, kind: str, warps: int, stages: int = 3, floats: str = "b
     if kernel is euler._move:
         signature |= {"step": "fp32", "out": "*fp32"}
     pointers = [place for place, type_ in enumerate(signature.values()) if type_.startswith("*")]
+    pointers += [kernel.arg_names.index(name) for name in even]
     divisible = {(place,): [["tt.divisibility", 16]] for place in pointers}
     constants = {(kernel.arg_names.index(name),): value for name, value in sizes.items()}
     source = ASTSource(kernel, signature, constants, divisible)
@@ -91,7 +97,8 @@ def few(inputs: int, lines: int, **flags: bool) -> int:
     setting = thin.sizes(inputs, lines)
     flags = dict.fromkeys(("NORM", "BIAS", "GATE", "ONTO", "SCALE"), False) | flags
     warps = setting.pop("num_warps")
-    return spills(thin._thin, "", warps, **setting, **flags, ROWS=thin.FEW, VECTOR=thin.VECTOR)
+    even = ("inputs", "outputs")
+    return spills(thin._thin, "", warps, even=even, **setting, **flags, ROWS=thin.FEW, VECTOR=thin.VECTOR)
 
 
 found = {
