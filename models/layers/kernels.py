@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _plain = ContextVar("plain", default=False)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 def use_kernels(x: Tensor) -> bool:
