@@ -20,6 +20,7 @@ from antiphon.models.layers import triton_few as multiplying
 from antiphon.models.layers import triton_fused as fused
 from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_nearest as searching
+from antiphon.models.layers import triton_noise as noise
 from antiphon.models.layers import triton_ring as ring
 from antiphon.models.layers import triton_segments as segments
 from antiphon.models.layers import triton_thin as thin
@@ -29,7 +30,8 @@ HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
     **dict.fromkeys(
-        ("slots", "target", "seen", "count", "top_k", "token", "last", "voice", "shared", "length", "codes"), "*i64"
+        ("slots", "target", "seen", "count", "top_k", "force", "token", "last", "voice", "shared", "length", "codes"),
+        "*i64",
     ),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
     **dict.fromkeys(("sample", "mu", "scores", "book", "left"), "*fp32"),
@@ -38,9 +40,8 @@ NUMBERS = {
     "started": "*i1",
 }
 FLOATS = (
-    "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache",
-    "norm", "onto", "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory",
-    "rest",
+    "heads", "query", "far", "out", "x", "branch", "weight", "bias", "total", "normed", "cache", "norm", "onto",
+    "norm_weight", "norm_bias", "kept", "added", "tails", "fresh", "speaker", "velocity", "memory", "table", "rest",
 )  # fmt: skip
 
 
@@ -54,6 +55,8 @@ def spills(
     signature |= {name: f"*{kind}" for name in ("ring", "prompt") if name in signature}
     if kernel in (fused._add_norm, thin._thin):
         signature["scale"] = "*bf16"
+    if kernel is noise._gumbel:
+        signature |= {"seed": "*i64", "step": "*i64", "count": "i32", "out": "*fp32"}
     if kernel is windows._windows:
         signature["total"] = "i32"
     if kernel is windows._overlap:
@@ -131,6 +134,8 @@ found = {
         )
     },
     "nearest": spills(searching._nearest, "", 4, floats="fp32", BINS=2048, WIDTH=256),
+    "looked up": spills(fused._looked_up, "bf16", 4, BLOCK=1024),
+    "Gumbel noise": spills(noise._gumbel, "", 4, BITS=23, BLOCK=noise.BLOCK),
     "frame": spills(fused._frame, "bf16", 1, QUERIES=16, KEYS=16, WIDTH=64, STEPS=8),
     **{
         f"{floats} norm and product of {width}": spills(
@@ -150,7 +155,7 @@ found = {
     "move of an Euler step": spills(euler._move, "", 4, BLOCK=1024),
     "convolution's windows": spills(conv._windows, "", 1, BLOCK=256, KERNEL=3, NORM=True, ADD=True, TAILS=True),
     **{
-        f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size)
+        f"draw of {size['BLOCK']}": spills(drawing._draw, "", size.pop("num_warps"), **size, FORCE=True)
         for size in map(drawing.sizes, (2048, drawing.WIDEST))
     },
 }

@@ -184,6 +184,20 @@ def test_the_same_tokens_are_drawn(monkeypatch, width, device):
             assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("device", HERE)
+def test_tokens_of_half_the_bits_are_drawn_or_forced(monkeypatch, device):
+    logits, noise = torch.randn(5, 300, device=device).half(), torch.randn(5, 300, device=device)
+    heat, chances = torch.full((5,), 0.8, device=device), torch.full((5,), 25, device=device)
+    force = torch.tensor([[-2, 7], [-1, 7], [0, 7], [299, 7], [-3, 7]], device=device)[:, 0]
+    drawn = []
+    for plain in (True, False):
+        monkeypatch.setattr(sampling, "use_kernels", lambda x, plain=plain: not plain)
+        drawn.append(sampling.draw(logits, noise, heat, chances, force))
+        free = sampling.draw(logits.float(), noise, heat, chances)
+        assert drawn[-1].tolist() == [free[0].item(), -1, 0, 299, free[4].item()]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["moshi", "several pieces", "long pieces", "sinks", "qwen"])
 @pytest.mark.parametrize("kv", [None, torch.float8_e4m3fn])
@@ -204,7 +218,7 @@ def test_they_compile_for_a_gpu_that_is_not_there():
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = dict(line.rsplit(": ", 1) for line in ran.stdout.splitlines())
-    assert len(found) == 36
+    assert len(found) == 38
     assert set(found.values()) == {"0"}
 
 
