@@ -177,8 +177,9 @@ class Block(nn.Module):
     def _thin(self, x: Tensor, depth: Depth) -> bool:
         """Whether :meth:`_few` serves: one set of weights for all positions, and norms that it knows."""
         norm = self.norm1
-        known = isinstance(norm, RMSNorm) and not isinstance(depth, Tensor)
-        return known and x.dtype.itemsize == 2 and few_rows(x, norm.weight)
+        if not isinstance(norm, RMSNorm) or isinstance(depth, Tensor):
+            return False
+        return x.dtype.itemsize == 2 and few_rows(x, norm.weight)
 
     def _few(self, x: Tensor, layer: int, context: Context, depth: Depth) -> Tensor:
         """The whole block for a few rows: each product takes the norm before it, or the sum behind it, along."""

@@ -11,11 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FEW = 4  # rows up to which it serves
 PROGRAMS = 512  # that keep a GPU busy
 LINES = 8  # the most of a program
 VECTOR = 8  # numbers that a thread loads at once
+# Whether a launch begins before the one ahead of it ends, and asks for its weights meanwhile (programmatic dependent
+# launch, from Hopper on).
+EARLY = False
 
 
 @triton.jit
@@ -23,7 +27,10 @@ def _thin(
     x, norm, weight, bias, onto, scale, out, rows, inputs, outputs, eps,
     ROWS: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, VECTOR: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, ONTO: tl.constexpr, SCALE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     if GATE:  # in turn one of the gate, one of what it multiplies
         line = line // 2 + line % 2 * outputs
@@ -39,6 +46,9 @@ def _thin(
     if NORM:
         turned = tl.load(norm + lane, mask=lane < inputs, other=0.0)
         tl.debug_barrier()  # or all this would be asked for once the rows are there
+    if EARLY:
+        gdc_wait()  # what comes from other kernels is read and written from here on
+    if NORM:
         squares = tl.zeros([ROWS, 1, BLOCK], tl.float32)
         for block in tl.static_range(BLOCKS):
             place = block * BLOCK + lane
@@ -103,7 +113,7 @@ def thin(
         x, weight if norm is None else norm, weight, weight if bias is None else bias,
         x if onto is None else onto.contiguous(), weight if scale is None else scale, out, rows, inputs, outputs, eps,
         ROWS=triton.next_power_of_2(rows), VECTOR=VECTOR, NORM=norm is not None, BIAS=bias is not None, GATE=gate,
-        ONTO=onto is not None, SCALE=scale is not None, **size,
+        ONTO=onto is not None, SCALE=scale is not None, EARLY=EARLY, **size, **({"launch_pdl": True} if EARLY else {}),
     )  # fmt: skip
     return out
 

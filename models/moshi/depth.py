@@ -84,7 +84,8 @@ class Depth(nn.Module):
             from ..layers.triton_fused import looked_up
 
             return looked_up(entered, embed.weight, token)
-        return entered + embed(token) + self._place(step, entered)
+        found: Tensor = embed(token)
+        return entered + found + self._place(step, entered)
 
     def _embeddings(self) -> list[nn.Module]:
         return [self.text, *self.audio]

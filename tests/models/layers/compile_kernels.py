@@ -100,8 +100,8 @@ def few(inputs: int, lines: int, **flags: bool) -> int:
     setting = thin.sizes(inputs, lines)
     flags = dict.fromkeys(("NORM", "BIAS", "GATE", "ONTO", "SCALE"), False) | flags
     warps = setting.pop("num_warps")
-    even = ("inputs", "outputs")
-    return spills(thin._thin, "", warps, even=even, **setting, **flags, ROWS=thin.FEW, VECTOR=thin.VECTOR)
+    sizes = {**setting, **flags, "ROWS": thin.FEW, "VECTOR": thin.VECTOR, "EARLY": True}
+    return spills(thin._thin, "", warps, even=("inputs", "outputs"), **sizes)
 
 
 found = {

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from antiphon.models.layers import kernels, transformer
 from antiphon.models.layers.linear import Linear
+from antiphon.models.layers.norm import RMSNorm
 from antiphon.models.layers.stepped import SteppedLinear
 from antiphon.models.layers.transformer import Transformer, TransformerConfig
 
@@ -172,5 +173,8 @@ def test_linear_layers_of_few_rows(monkeypatch: pytest.MonkeyPatch, device: str)
             made, (layers[0].weight, layers[1].weight[2]), (layers[0].bias, None), strict=True
         ):
             assert (one - F.linear(x, weight, bias)).abs().max() < 2e-3
+        norm = RMSNorm(48).to(device, torch.float16)
+        norm.weight.uniform_(0.5, 1.5)
+        assert (layers[0].after(norm, x) - layers[0](norm(x))).abs().max() < 2e-3
     with pytest.raises(ValueError, match="which step"):
         layers[1](x, None)
