@@ -22,6 +22,7 @@ from antiphon.models.layers import triton_linear as linear
 from antiphon.models.layers import triton_nearest as searching
 from antiphon.models.layers import triton_noise as noise
 from antiphon.models.layers import triton_ring as ring
+from antiphon.models.layers import triton_rope as turning
 from antiphon.models.layers import triton_segments as segments
 from antiphon.models.layers import triton_thin as thin
 from antiphon.models.layers import triton_windows as windows
@@ -30,7 +31,21 @@ HOPPER = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 NUMBERS = {
     **dict.fromkeys(
-        ("slots", "target", "seen", "count", "top_k", "force", "token", "last", "voice", "shared", "length", "codes"),
+        (
+            "slots",
+            "target",
+            "seen",
+            "count",
+            "top_k",
+            "force",
+            "positions",
+            "token",
+            "last",
+            "voice",
+            "shared",
+            "length",
+            "codes",
+        ),
         "*i64",
     ),
     **dict.fromkeys(("cos", "sin", "far_cos", "far_sin", "parts", "stats", "logits", "noise", "temperature"), "*fp32"),
@@ -159,5 +174,7 @@ found = {
         for size in map(drawing.sizes, (2048, drawing.WIDEST))
     },
 }
+# It compiles; sines of float64 keep a few numbers in memory.
+spills(turning._rotation, "", 1, WIDTH=128, BLOCK=128, THETA=1e4, HALF=True)
 for kernel, count in found.items():
     print(f"{kernel}: {count}")

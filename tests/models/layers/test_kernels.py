@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from interpreted import HERE
 
-from antiphon.models.layers import kernels, linear, transformer
+from antiphon.models.layers import kernels, linear, rope, transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
 from antiphon.models.moshi import sampling
 
@@ -196,6 +197,21 @@ def test_tokens_of_half_the_bits_are_drawn_or_forced(monkeypatch, device):
         free = sampling.draw(logits.float(), noise, heat, chances)
         assert drawn[-1].tolist() == [free[0].item(), -1, 0, 299, free[4].item()]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("layout", get_args(rope.Layout))
+@pytest.mark.parametrize("width", [16, 48])
+def test_the_same_positions_are_turned(monkeypatch, width, layout, device):
+    positions = torch.tensor([[0, 1, 700], [5, 10**4, 10**7]], device=device)
+    turns = []
+    for plain in (True, False):
+        monkeypatch.setattr(rope, "use_kernels", lambda x, plain=plain: not plain)
+        turns.append(rope.rotation(positions, width, 1e6, torch.float16, layout))
+    for one, other in zip(*turns, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 2e-7
 
 
 @pytest.mark.gpu
