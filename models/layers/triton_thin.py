@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FEW = 4  # rows up to which it serves
 PROGRAMS = 512  # that keep a GPU busy
@@ -30,7 +29,7 @@ def _thin(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
-        gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     if GATE:  # in turn one of the gate, one of what it multiplies
         line = line // 2 + line % 2 * outputs
@@ -47,7 +46,7 @@ def _thin(
         turned = tl.load(norm + lane, mask=lane < inputs, other=0.0)
         tl.debug_barrier()  # or all this would be asked for once the rows are there
     if EARLY:
-        gdc_wait()  # what comes from other kernels is read and written from here on
+        tl.extra.cuda.gdc_wait()  # what comes from other kernels is read and written from here on
     if NORM:
         squares = tl.zeros([ROWS, 1, BLOCK], tl.float32)
         for block in tl.static_range(BLOCKS):
