@@ -159,7 +159,7 @@ class SpeechLM(StreamingModel):
         seen = state["lm.seen"].index_select(0, slots)
         x = self.transformer.step("lm", self.embedding(tokens), state, slots, target, count)
         last = (count - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[2])
-        logits = self.head(self.norm(x.gather(1, last)[:, 0]))
+        logits = self.head.after(self.norm, x.gather(1, last)[:, 0])
         if logits.dtype.itemsize < 4:
             logits = logits.float()
         extra = torch.arange(self.config.speech, self.config.classes, device=logits.device)

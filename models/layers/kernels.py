@@ -13,12 +13,24 @@ import torch
 from torch import Tensor
 
 _plain = ContextVar("plain", default=False)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 def use_kernels(x: Tensor) -> bool:
     """Whether kernels without gradients serve for ``x``: on a GPU, in a dtype that they know, where Triton is."""
     return x.is_cuda and not torch.is_grad_enabled() and x.dtype in _DTYPES and _there() and not _plain.get()
+
+
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``x [..., d]`` has so few rows that a kernel of their own multiplies them by weights like this one."""
+    if x.dtype != weight.dtype or not x.numel() or not use_kernels(x):
+        return False
+    from . import triton_few, triton_thin
+
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    if x.dtype.itemsize == 2:
+        return rows <= triton_thin.FEW
+    return x.dtype == torch.float32 and rows <= triton_few.FEW and width <= triton_few.LONGEST
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernels import use_kernels
+from .kernels import few_rows
+from .norm import RMSNorm
 from .packing import Packable, pack_weight, packed_linear
 
 
@@ -24,16 +25,27 @@ class Linear(Packable, nn.Linear):
             return plain_linear(x, self.weight, self.bias)
         return packed_linear(x, self.packed, self.bias)
 
+    def after(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """Of the norm of ``x``; for a few rows of 16 bits in one kernel."""
+        if x.dtype.itemsize != 2 or not few_rows(x, self.weight):
+            return self(norm(x))
+        from .triton_thin import thin
+
+        return thin(x, self.weight, self.bias, norm=norm.weight, eps=norm.eps)
+
     def __call__(self, x: Tensor) -> Tensor:
         result: Tensor = super().__call__(x)
         return result
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[..., in] -> [..., out]``; a few rows of float32 by a kernel of their own."""
-    if use_kernels(x) and x.dtype == weight.dtype == torch.float32:
-        from .triton_few import FEW, LONGEST, few
+    """``[..., in] -> [..., out]``; a few rows by a kernel of their own."""
+    if not few_rows(x, weight):
+        return F.linear(x, weight, bias)
+    if x.dtype.itemsize == 2:
+        from .triton_thin import thin
 
-        if 0 < x.numel() <= FEW * x.shape[-1] and x.shape[-1] <= LONGEST:
-            return few(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return thin(x, weight, bias)
+    from .triton_few import few
+
+    return few(x, weight, bias)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import use_kernels
+
 _BITS = 23  # of a uniform number: the largest, 1 - 2**-24, is still below 1 in float32
 
 
@@ -31,6 +33,10 @@ def mix(word: Tensor) -> Tensor:
 
 def gumbel(seed: Tensor, step: Tensor, first: int, count: int) -> Tensor:
     """``[B]`` int64 seeds and steps -> ``[B, count]`` float32: words ``first`` and up of the step's Gumbel noise."""
+    if use_kernels(seed):
+        from . import triton_noise
+
+        return triton_noise.gumbel(seed, step, first, count, _BITS)
     key = mix(mix(seed) + step * GAMMA)
     index = torch.arange(first, first + count, device=seed.device)
     word = mix(key[:, None] + index * GAMMA)

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .kernels import use_kernels
+
 Layout = Literal["interleaved", "half"]
 Rotation = tuple[Tensor, Tensor]
 
@@ -20,6 +22,10 @@ def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype, la
 
     The angles are computed in float64, so that they stay exact for positions of an hours-long session.
     """
+    if dtype.itemsize <= 4 and use_kernels(positions):
+        from . import triton_rope
+
+        return triton_rope.rotation(positions, width, theta, layout == "half")
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions[..., None, None] * theta**-exponents
     wide = dtype if dtype.itemsize >= 4 else torch.float32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .linear import plain_linear
 from .packing import Packable, pack_weight, packed_linear
 
 Depth = int | Tensor | None  # the weights to use: one set for all positions, ``[T]`` one a position, or no choice
@@ -27,10 +27,15 @@ class SteppedLinear(Packable):
 
     def forward(self, x: Tensor, depth: Depth) -> Tensor:
         """``[B, T, in] -> [B, T, out]``; depth: which weights, an int for all positions or ``[T]`` int64."""
+        weight = self.of(depth)
+        if depth is None or isinstance(depth, Tensor):
+            return torch.einsum("bti,toi->bto", x, weight)
+        if self.packed is None or torch.is_grad_enabled():
+            return plain_linear(x, weight, None)
+        return packed_linear(x, self.packed[depth], None)
+
+    def of(self, depth: Depth) -> Tensor:
+        """The weights of one step ``[out, in]``, or of several. Raises ValueError for None."""
         if depth is None:
             raise ValueError("this layer has weights per depth step: say which step it is")
-        if isinstance(depth, Tensor):
-            return torch.einsum("bti,toi->bto", x, self.weight[depth])
-        if self.packed is None or torch.is_grad_enabled():
-            return F.linear(x, self.weight[depth])
-        return packed_linear(x, self.packed[depth], None)
+        return self.weight[depth]

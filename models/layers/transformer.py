@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..streaming import Specs, State, TensorSpec
-from .kernels import use_kernels
+from .kernels import few_rows, use_kernels
 from .linear import Linear
 from .norm import RMSNorm
 from .rope import Layout, Rotation, rotate, rotation
@@ -165,12 +165,31 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, branch: Branch | None, layer: int, context: Context, depth: Depth = None
-    ) -> tuple[Tensor, Branch]:
+    ) -> tuple[Tensor, Branch | None]:
         """``[B, T, d]`` and what the block before would add to it -> the same of this block."""
+        if branch is None and self._thin(x, depth):
+            return self._few(x, layer, context, depth), None
         x, normed = _joined(x, branch, self.norm1)
         branch = Branch(self.attention(normed, layer, context, depth), self.scale1)
         x, normed = _joined(x, branch, self.norm2)
         return x, Branch(self.feedforward(normed, depth), self.scale2)
+
+    def _thin(self, x: Tensor, depth: Depth) -> bool:
+        """Whether :meth:`_few` serves: one set of weights for all positions, and norms that it knows."""
+        norm = self.norm1
+        if not isinstance(norm, RMSNorm) or isinstance(depth, Tensor):
+            return False
+        return x.dtype.itemsize == 2 and few_rows(x, norm.weight)
+
+    def _few(self, x: Tensor, layer: int, context: Context, depth: Depth) -> Tensor:
+        """The whole block for a few rows: each product takes the norm before it, or the sum behind it, along."""
+        attention, feedforward = self.attention, self.feedforward
+        heads = _around(attention.qkv, x, depth, self.norm1).unflatten(-1, (-1, attention.head))
+        heard = context.attend(layer, heads).flatten(2)
+        x = _around(attention.out, heard, depth, onto=x, scale=self.scale1)
+        wide = _around(feedforward.up, x, depth, self.norm2, gate=feedforward.gate)
+        wide = wide if feedforward.gate else F.gelu(wide)
+        return _around(feedforward.down, wide, depth, onto=x, scale=self.scale2)
 
 
 class Branch(NamedTuple):
@@ -435,6 +454,18 @@ def _scale(config: TransformerConfig) -> nn.Parameter | None:
 
 def _linear(config: TransformerConfig, inputs: int, outputs: int, bias: bool) -> nn.Module:
     return SteppedLinear(config.per_step, inputs, outputs) if config.per_step else Linear(inputs, outputs, bias=bias)
+
+
+def _around(layer: nn.Module, x: Tensor, depth: Depth, norm: nn.Module | None = None, **more: Any) -> Tensor:
+    """A product and what lies around it, by :func:`.triton_thin.thin`."""
+    from .triton_thin import thin
+
+    if isinstance(norm, RMSNorm):
+        more |= {"norm": norm.weight, "eps": norm.eps}
+    if isinstance(layer, SteppedLinear):
+        return thin(x, layer.of(depth), **more)
+    assert isinstance(layer, Linear)
+    return thin(x, layer.weight, layer.bias, **more)
 
 
 def _through(layer: nn.Module, x: Tensor, depth: Depth) -> Tensor:

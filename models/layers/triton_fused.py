@@ -114,3 +114,25 @@ def frame(heads: Tensor, cache: Tensor, first: int) -> Tensor:
         QUERIES=queries, KEYS=keys, WIDTH=width, STEPS=triton.next_power_of_2(steps), num_warps=1,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _looked_up(x, table, token, out, width, x_stride, token_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(token + row * token_stride)
+    value = tl.load(x + row * x_stride + lane, mask=lane < width, other=0.0)
+    known = (lane < width) & (chosen + lane * 0 >= 0)
+    found = tl.load(table + chosen * width + lane, mask=known, other=0.0)
+    tl.store(out + row * width + lane, (value.to(tl.float32) + found.to(tl.float32)).to(value.dtype), mask=lane < width)
+
+
+def looked_up(x: Tensor, table: Tensor, token: Tensor) -> Tensor:
+    """``x [B, d]`` plus the lines of ``table [n, d]`` that ``token [B]`` names, nothing where it is negative."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, width = x.shape
+    out = x.new_empty(rows, width)
+    _looked_up[(rows, triton.cdiv(width, 1024))](
+        x, table, token, out, width, x.stride(0), token.stride(0), BLOCK=1024, num_warps=4
+    )
+    return out

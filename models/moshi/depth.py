@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..layers.kernels import use_kernels
 from ..layers.linear import Linear
 from ..layers.stepped import SteppedLinear
 from ..layers.transformer import Transformer
@@ -72,11 +73,19 @@ class Depth(nn.Module):
         entered = self._entered(heard)
         token, tokens = text, []
         for step, embed in enumerate(self._embeddings()):
-            x = (entered[step] + embed(token) + self._place(step, heard))[:, None]
-            x = self.transformer(x, frame, self.sets[step])
+            x = self.transformer(self._input(step, entered[step], embed, token)[:, None], frame, self.sets[step])
             token = choose(step, self.heads(x, step)[:, 0])
             tokens.append(token)
         return torch.stack(tokens, 1)
+
+    def _input(self, step: int, entered: Tensor, embed: nn.Module, token: Tensor) -> Tensor:
+        """``[B, width]``: the step's projection of the temporal output, and the token before."""
+        if self.places is None and use_kernels(entered) and isinstance(embed, Embedding) and embed.project is None:
+            from ..layers.triton_fused import looked_up
+
+            return looked_up(entered, embed.weight, token)
+        found: Tensor = embed(token)
+        return entered + found + self._place(step, entered)
 
     def _embeddings(self) -> list[nn.Module]:
         return [self.text, *self.audio]

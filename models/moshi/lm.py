@@ -27,7 +27,7 @@ from ..streaming import Specs, State, StreamingModel, TensorSpec
 from .config import FRAME_RATE, HELD, UNSET, MoshiConfig
 from .delays import Delays
 from .depth import Depth, sinusoids
-from .sampling import HISTORY, draw, penalise, remember
+from .sampling import HISTORY, draw, penalise, remember, wide
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class MoshiLM(StreamingModel):
         return x + sinusoids(position, x.shape[2]).to(x.dtype) if self.config.sinusoids else x
 
     def _text(self, heard: Tensor, inputs: State, history: Tensor, seed: Tensor, seen: Tensor) -> Tensor:
-        logits = _wide(self.text_head(heard))
+        logits = wide(self.text_head(heard))
         penalty, context = inputs["penalty"].unbind(1)
         logits = penalise(logits, history, context, penalty)
         temperature = inputs["temperature"][:, 0]
@@ -212,7 +212,7 @@ class MoshiLM(StreamingModel):
         token = draw(logits, noise, temperature, inputs["top_k"][:, 0])
         force = inputs["force"][:, 0]
         held = torch.where(self._words(token), self.config.end_padding, token)
-        return torch.where(force == HELD, held, _forced(force, token))
+        return torch.where(force == HELD, held, torch.where(force == UNSET, token, force))
 
     def _audio(self, heard: Tensor, text: Tensor, inputs: State, seed: Tensor, seen: Tensor) -> Tensor:
         """``[B, 1 + spoken]``: text and codebooks."""
@@ -222,8 +222,7 @@ class MoshiLM(StreamingModel):
         noise = gumbel(seed, seen, self.config.text_out, self.config.spoken * card).unflatten(1, (-1, card))
 
         def choose(step: int, logits: Tensor) -> Tensor:
-            token = draw(_wide(logits), noise[:, step], inputs["temperature"][:, 1], inputs["top_k"][:, 1])
-            return _forced(force[:, 1 + step], token)
+            return draw(logits, noise[:, step], inputs["temperature"][:, 1], inputs["top_k"][:, 1], force[:, 1 + step])
 
         return torch.cat((text[:, None], self.depth.draw(heard, text, choose)), 1)
 
@@ -235,14 +234,6 @@ class MoshiLM(StreamingModel):
             & (text != self.config.end_padding)
             & (text < self.config.text_card)
         )
-
-
-def _forced(force: Tensor, token: Tensor) -> Tensor:
-    return torch.where(force == UNSET, token, force)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _frames(variant: Hashable) -> int:

@@ -65,24 +65,32 @@ _RANGES = (
 )
 
 
-def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor) -> Tensor:
+def draw(logits: Tensor, noise: Tensor, temperature: Tensor, top_k: Tensor, force: Tensor | None = None) -> Tensor:
     """A token per row: ``[B, n]`` logits -> ``[B]`` int64.
 
     noise: ``[B, n]`` Gumbel noise. temperature: ``[B]``, 0 for the likeliest token. top_k: ``[B]`` int64, how many of
-    the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all.
+    the likeliest tokens to draw from, at most ``MOST_CANDIDATES``; 0 for all. force: ``[B]`` int64, a token to take
+    instead, or below -1 none.
     """
-    if logits.dtype == torch.float32 and use_kernels(logits):
+    if use_kernels(logits):
         from ..layers import triton_draw
 
         if logits.shape[1] <= triton_draw.WIDEST:
-            return triton_draw.draw(logits, noise, temperature, top_k)
+            return triton_draw.draw(logits, noise, temperature, top_k, force)
+    logits = wide(logits)
     most = min(MOST_CANDIDATES, logits.shape[1])
     best = logits.topk(most, 1).values
     last = best.gather(1, (top_k.clamp(1, most) - 1)[:, None])
     logits = logits.masked_fill((logits < last) & (top_k > 0)[:, None], -math.inf)
     hot = (temperature > 0)[:, None]
     scores = logits / torch.where(hot, temperature[:, None], 1.0) + torch.where(hot, noise, 0.0)
-    return scores.argmax(1)
+    token = scores.argmax(1)
+    return token if force is None else torch.where(force < -1, token, force)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In at least float32."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def penalise(logits: Tensor, history: Tensor, context: Tensor, penalty: Tensor) -> Tensor:

@@ -99,6 +99,17 @@ def test_windows_of_a_convolution(batch: int, steps: int, width: int, device: st
 
 
 @pytest.mark.parametrize(("device", "dtype"), HERE)
+def test_embeddings_are_looked_up_and_added(device: str, dtype: torch.dtype) -> None:
+    from antiphon.models.layers.triton_fused import looked_up
+
+    table = torch.randn(7, 1100, device=device).to(dtype)
+    x = torch.randn(4, 2, 1100, device=device).to(dtype)[:, 1]
+    token = torch.tensor([[6, 0], [-1, 0], [0, 0], [-2, 0]], device=device)[:, 0]
+    found = F.embedding(token.clamp(min=0), table) * (token >= 0)[:, None]
+    assert torch.equal(looked_up(x, table, token), x + found)
+
+
+@pytest.mark.parametrize(("device", "dtype"), HERE)
 def test_mish_far_from_zero(device: str, dtype: torch.dtype) -> None:
     from antiphon.models.layers.triton_conv import mish
 

@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from interpreted import HERE
 
-from antiphon.models.layers import linear, transformer
+from antiphon.models.layers import kernels, linear, rope, transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
 from antiphon.models.moshi import sampling
 
@@ -137,7 +138,7 @@ def test_one_query_in_half_the_bits(device, window, sinks):
 def test_a_few_rows_of_float32_are_multiplied_by_a_kernel(monkeypatch, device):
     from antiphon.models.layers import triton_few
 
-    monkeypatch.setattr(linear, "use_kernels", lambda x: True)
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
     served = []
     monkeypatch.setattr(triton_few, "few", lambda *given, made=triton_few.few: served.append(1) or made(*given))
     for shape, outputs, bias in (
@@ -184,6 +185,35 @@ def test_the_same_tokens_are_drawn(monkeypatch, width, device):
             assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize("device", HERE)
+def test_tokens_of_half_the_bits_are_drawn_or_forced(monkeypatch, device):
+    logits, noise = torch.randn(5, 300, device=device).half(), torch.randn(5, 300, device=device)
+    heat, chances = torch.full((5,), 0.8, device=device), torch.full((5,), 25, device=device)
+    force = torch.tensor([[-2, 7], [-1, 7], [0, 7], [299, 7], [-3, 7]], device=device)[:, 0]
+    drawn = []
+    for plain in (True, False):
+        monkeypatch.setattr(sampling, "use_kernels", lambda x, plain=plain: not plain)
+        drawn.append(sampling.draw(logits, noise, heat, chances, force))
+        free = sampling.draw(logits.float(), noise, heat, chances)
+        assert drawn[-1].tolist() == [free[0].item(), -1, 0, 299, free[4].item()]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("layout", get_args(rope.Layout))
+@pytest.mark.parametrize("width", [16, 48])
+def test_the_same_positions_are_turned(monkeypatch, width, layout, device):
+    positions = torch.tensor([[0, 1, 700], [5, 10**4, 10**7]], device=device)
+    turns = []
+    for plain in (True, False):
+        monkeypatch.setattr(rope, "use_kernels", lambda x, plain=plain: not plain)
+        turns.append(rope.rotation(positions, width, 1e6, torch.float16, layout))
+    for one, other in zip(*turns, strict=True):
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 2e-7
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["moshi", "several pieces", "long pieces", "sinks", "qwen"])
 @pytest.mark.parametrize("kv", [None, torch.float8_e4m3fn])
@@ -204,7 +234,7 @@ def test_they_compile_for_a_gpu_that_is_not_there():
     ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = dict(line.rsplit(": ", 1) for line in ran.stdout.splitlines())
-    assert len(found) == 32
+    assert len(found) == 38
     assert set(found.values()) == {"0"}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreted import HERE
 
+from antiphon.models.layers import noise as noises
 from antiphon.models.layers.noise import gumbel, mix
 
 
@@ -41,3 +43,16 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
     assert noise.var().item() == pytest.approx(torch.pi**2 / 6, abs=0.03)
     for shifted in (noise[:, 1:] * noise[:, :-1], noise[1:] * noise[:-1]):
         assert (shifted.mean() - 0.5772**2).abs() < 0.02
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.usefixtures("interpreter")
+def test_a_kernel_makes_the_same_noise(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    seeds = torch.tensor([[5, -1], [2**62, 0], [-2, 9]], device=device)[:, 0]
+    steps = torch.tensor([0, 3, 2**40], device=device)
+    made = []
+    for plain in (True, False):
+        monkeypatch.setattr(noises, "use_kernels", lambda x, plain=plain: not plain)
+        made.append(gumbel(seeds, steps, 32000, 1500))
+    assert made[1].shape == made[0].shape
+    assert (made[1] - made[0]).abs().max() < 1e-5

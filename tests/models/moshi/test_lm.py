@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from tiny_moshi import CARD, GREEDY, STREAMS, TEXT, WINDOW, Live, tiny_lm, user_codes
 from torch import Tensor
 
+from antiphon.models.layers import kernels, noise, rope, transformer
+from antiphon.models.moshi import depth, sampling
 from antiphon.models.moshi.config import HELD, UNSET, ZERO
 from antiphon.models.moshi.lm import MoshiLM
 from antiphon.models.moshi.sampling import Sampling
@@ -220,6 +223,24 @@ def test_slots_and_order_change_nothing(together: dict[str, list[dict[str, Tenso
 
 def test_a_move_in_the_middle_of_a_call_changes_nothing(together: dict[str, list[dict[str, Tensor]]]) -> None:
     assert same(together, play(engine(), "abcdef", moves=(4, 20)))
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 16 bits and rows so few that kernels do all they can."""
+    from antiphon.models.layers import triton_thin
+
+    small = {"num_layers": 1, "num_heads": 2, "depformer_dim": 32, "depformer_num_layers": 1}
+    lm, codes = tiny_lm(dtype=torch.float16, **small), user_codes(2, 1)
+    hot = dataclasses.replace(HOT, text_top_k=0, audio_top_k=0)  # which is last of equal candidates is chance
+    plain = converse(Live(lm, 2), codes, hot)
+    for module in (kernels, transformer, noise, rope, depth, sampling):
+        monkeypatch.setattr(module, "use_kernels", lambda x: True)
+    monkeypatch.setattr(triton_thin, "PROGRAMS", 1)
+    sampled, logits = converse(Live(lm, 2), codes, hot)
+    assert torch.equal(sampled, plain[0])
+    assert 0 < (logits - plain[1]).abs().max() < 1e-2
 
 
 def test_held_text_begins_no_word() -> None:
