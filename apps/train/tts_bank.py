@@ -247,7 +247,8 @@ def widened(texts: Iterable[str]) -> Iterator[str]:
     """All of them, two with a word that none before had and one without in turn: characters do not tell how English
     words sound, so that the language model speaks best those that it has heard."""
     seen: set[str] = set()
-    new, old = [], []
+    new: list[str] = []
+    old: list[str] = []
     for text in texts:
         found = set(words(text).split())
         (old if found <= seen else new).append(text)

@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from .bank import MANIFEST, PCM
+from .data import MANIFEST, PCM
 from .tts_bank import MEL, TOKENS, SpeechBank
 from .tts_sizes import TOKEN
 
