@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from interpreted import HERE
 
-from antiphon.models.layers import linear, transformer
+from antiphon.models.layers import kernels, linear, transformer
 from antiphon.models.layers.transformer import InPlace, Rings, RingStep, Transformer, TransformerConfig
 from antiphon.models.moshi import sampling
 
@@ -225,3 +226,16 @@ def test_elsewhere_rings_are_copied():
     finally:
         RingStep.attend = original
     assert seen == [0]
+
+
+def test_where_torch_chooses_dtypes_or_wants_gradients_no_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_there", lambda: True)
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert kernels.use_kernels(on_a_gpu)
+    with torch.enable_grad():
+        assert not kernels.use_kernels(on_a_gpu)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not kernels.use_kernels(on_a_gpu)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
