@@ -1,7 +1,7 @@
 """The bank that the embedded voice learns from: sentences, each spoken by one of its voices.
 
     antiphon train tts bank --texts DATA/text/state_union.txt --texts DATA/text/wordnet_glosses.txt \\
-        --exclude DATA/text/ljspeech_sentences.txt --out speech-bank --hours 160 --kokoro packed \\
+        --exclude DATA/text/ljspeech_sentences.txt --out speech-bank --hours 144 --kokoro packed \\
         --device cuda:0 --workers 9
 
 It is ``audio.pcm`` and ``manifest.jsonl`` as of ``bank.py``; every utterance begins and ends at an even speech
