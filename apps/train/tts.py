@@ -1,6 +1,7 @@
 """Make the embedded voice: ``antiphon train tts STEP``, one step after the other.
 
     bank        sentences, each spoken by one of its voices
+    join        banks that were spoken apart
     tokens      the speech tokenizer, and the bank's tokens
     encode      the bank's tokens by a tokenizer that is there
     flow        tokens to mel frames
@@ -19,13 +20,14 @@ from collections.abc import Sequence
 
 import typer
 
-from . import tts_bank, tts_card, tts_eval, tts_flow, tts_lm, tts_tokens, tts_vocoder
+from . import tts_bank, tts_card, tts_eval, tts_flow, tts_join, tts_lm, tts_tokens, tts_vocoder
 
 
 def main(arguments: Sequence[str]) -> None:
     """The command line; see ``--help``."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
     command.command("bank")(tts_bank.make)
+    command.command("join")(tts_join.join)
     command.command("tokens")(tts_tokens.train)
     command.command("encode")(tts_tokens.encode)
     command.command("flow")(tts_flow.train)

@@ -1,12 +1,13 @@
 """The bank that the embedded voice learns from: sentences, each spoken by one of its voices.
 
     antiphon train tts bank --texts DATA/text/state_union.txt --texts DATA/text/wordnet_glosses.txt \\
-        --exclude DATA/text/ljspeech_sentences.txt --out speech-bank --hours 40 --kokoro packed \\
-        --device cuda:0 --workers 14
+        --exclude DATA/text/ljspeech_sentences.txt --out speech-bank --hours 144 --kokoro packed \\
+        --device cuda:0 --workers 9
 
 It is ``audio.pcm`` and ``manifest.jsonl`` as of ``bank.py``; every utterance begins and ends at an even speech
 token, so that ``tokens.npy`` (a number a token) and ``mel.npy`` (two frames a token), which ``tts_tokens.py`` writes
-beside them, lie as the samples do. A sentence in a hundred, told by a hash of its words, is only tested on.
+beside them, lie as the samples do. A sentence in a hundred, told by a hash of its words, is only tested on. Banks that
+were spoken apart (``--voice``) become one with ``tts_join.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import re
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,15 +243,33 @@ _FORMS = (
 )
 
 
+def widened(texts: Iterable[str]) -> Iterator[str]:
+    """All of them, two with a word that none before had and one without in turn: characters do not tell how English
+    words sound, so that the language model speaks best those that it has heard."""
+    seen: set[str] = set()
+    new: list[str] = []
+    old: list[str] = []
+    for text in texts:
+        found = set(words(text).split())
+        (old if found <= seen else new).append(text)
+        seen |= found
+    for place, text in enumerate(new):
+        yield text
+        if place % 2 and place // 2 < len(old):
+            yield old[place // 2]
+    yield from old[len(new) // 2 :]
+
+
 def plan(texts: Sequence[Path], exclude: Sequence[Path], hours: float, seed: int) -> list[Order]:
-    """Who says what, in random order: text of the files, the dialogue model's answers, and sentences with numbers.
+    """Who says what, in random order: text of the files, first what widens the vocabulary (``widened``), the dialogue
+    model's answers, and sentences with numbers.
 
     A voice's share of the hours is its speaker's. Sentences of ``exclude`` are not spoken.
     """
     rng = random.Random(f"speech {seed}")
     prompts = build_prompts(texts, seed=seed, exclude=[text for path in exclude for text in sentences(path)])
     longest = (LONGEST - 1) / SECONDS_A_CHARACTER
-    read = iter([prompt.text for prompt in prompts if len(prompt.text) <= longest])
+    read = widened(prompt.text for prompt in prompts if len(prompt.text) <= longest)
     said = iter(answers())
     whole = sum(speaker.share for speaker in VOICES.values())
     wanted = {name: 3600 * hours * speaker.share / whole for name, speaker in VOICES.items()}
@@ -307,11 +326,15 @@ def make(
     device: Annotated[str, typer.Option(help="For Kokoro: cpu or cuda:0.")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes; 0 to work in this one.")] = 1,
     minutes: Annotated[float | None, typer.Option(help="Stop after so long: the bank is then smaller.")] = None,
+    voice: Annotated[list[str] | None, typer.Option(help="Only this voice's part; repeat it.")] = None,
     seed: Annotated[int, typer.Option(help="Of who says what.")] = 0,
 ) -> None:
     """Speak the bank; without --kokoro only the voices of hibari do."""
+    if unknown := set(voice or ()) - set(VOICES):
+        raise typer.BadParameter(f"--voice {', '.join(sorted(unknown))}: there are {', '.join(VOICES)}")
     console = Console()
-    orders = [one for one in plan(texts, exclude or [], hours, seed) if kokoro or one.teacher != "kokoro"]
+    chosen = [name for name in voice or VOICES if kokoro or VOICES[name].teacher != "kokoro"]
+    orders = [one for one in plan(texts, exclude or [], hours, seed) if one.source in chosen]
     writer = BankWriter(out)
     with closing(rendered(orders, workers, device, kokoro, _speak)) as pairs:
         left_out = write(writer, iter(track(pairs, "speaking", len(orders), console=console)), minutes)

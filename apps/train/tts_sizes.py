@@ -26,7 +26,7 @@ class Speaker:
 
 
 VOICES = {
-    "heart": Speaker("hibari", "heart", 2.0),
+    "heart": Speaker("hibari", "heart", 16.0),
     "michael": Speaker("kokoro", "am_michael", 1.0),
     "emma": Speaker("kokoro", "bf_emma", 1.0),
 }

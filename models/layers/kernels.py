@@ -17,8 +17,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether kernels without gradients serve for ``x``: on a GPU, in a dtype that they know, where Triton is."""
-    return x.is_cuda and not torch.is_grad_enabled() and x.dtype in _DTYPES and _there() and not _plain.get()
+    """Whether kernels without gradients serve for ``x``: on a GPU, in a dtype that they know, where Triton is.
+
+    Not under autocast: torch then chooses the dtype of products, which a kernel's neighbours must share.
+    """
+    if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return False
+    return x.dtype in _DTYPES and _there() and not _plain.get()
 
 
 def few_rows(x: Tensor, weight: Tensor) -> bool:

@@ -23,10 +23,12 @@ from antiphon.apps.train.tts_bank import (
     plan,
     unseen_sentences,
     whole,
+    widened,
     words,
     write,
     written,
 )
+from antiphon.apps.train.tts_join import joined
 from antiphon.apps.train.tts_sizes import ALPHABET, FLOW, LM, TEXT, TOKEN, TOKENIZER, VOICE_TOKENS, VOICES
 from antiphon.apps.train.voices import RATE, Line
 from antiphon.models.cosyvoice.flow import FlowMatching
@@ -100,6 +102,42 @@ def test_the_unseen_sentences_do_not_change_with_the_file_s_order(texts: Path, t
     other.write_text("\n".join(reversed(texts.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     assert unseen_sentences(other, 10) == chosen
     assert not set(chosen) & {order.text for order in plan([texts], [texts], 0.01, 0)}
+
+
+def test_sentences_with_new_words_come_first_and_none_is_lost() -> None:
+    texts = ["a cat", "the cat", "the dog", "a dog", "the cat.", "a bird", "the bird", "one fish", "a fish", "a cat!"]
+    assert list(widened(texts)) == [
+        *("a cat", "the cat", "a dog", "the dog", "a bird", "the cat.", "one fish"),
+        *("the bird", "a fish", "a cat!"),
+    ]
+
+
+def test_banks_spoken_apart_become_one(tmp_path: Path) -> None:
+    parts = [tmp_path / name for name in ("one", "other")]
+    for number, (part, texts) in enumerate(zip(parts, (TEXTS[:3], TEXTS[3:5]), strict=True)):
+        writer = BankWriter(part)
+        for place, order in enumerate(orders(*texts)):
+            tone = np.full((place + 1) * RATE, 0.01 * (10 * number + place + 1), np.float32)
+            writer.add(whole(tone), "speech", order.text, order.source, licence="Apache-2.0")  # type: ignore[arg-type]
+        writer.close()
+        count = len(SpeechBank(part).pcm) // TOKEN
+        np.save(part / "tokens.npy", np.arange(count, dtype=np.int16))
+        np.save(part / "mel.npy", np.zeros((2 * count, 80), np.float16))
+    before = [(bank, one) for bank in map(SpeechBank, parts) for one in bank.utterances]
+    bank = joined(parts, tmp_path / "all")
+    for (own, old), new in zip(before, bank.utterances, strict=True):
+        assert (old.text, old.voice, old.held_out) == (new.text, new.voice, new.held_out)
+        assert np.array_equal(own.pcm[old.samples], bank.pcm[new.samples])
+        assert np.array_equal(own.tokens[old.tokens], bank.tokens[new.tokens])
+    assert len(bank.mel) == 2 * len(bank.tokens)
+    silent = joined(parts, tmp_path / "silent", sound=False)
+    assert silent.utterances == bank.utterances
+    assert np.array_equal(silent.tokens, bank.tokens)
+    assert np.array_equal(silent.pcm, np.zeros_like(bank.pcm))
+    with pytest.raises(FileNotFoundError, match=r"mel\.npy"):
+        _ = silent.mel
+    with pytest.raises(ValueError, match="another folder"):
+        joined(parts, parts[0])
 
 
 class Tones:

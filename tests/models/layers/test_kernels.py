@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -255,3 +256,16 @@ def test_elsewhere_rings_are_copied():
     finally:
         RingStep.attend = original
     assert seen == [0]
+
+
+def test_where_torch_chooses_dtypes_or_wants_gradients_no_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_there", lambda: True)
+    on_a_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    assert kernels.use_kernels(on_a_gpu)
+    with torch.enable_grad():
+        assert not kernels.use_kernels(on_a_gpu)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert not kernels.use_kernels(on_a_gpu)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
