@@ -39,7 +39,12 @@ def machine() -> dict[str, Any]:
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """How a module was started: paths by their last part, so that nobody's folders show."""
+    """How a module was started: paths by their last part, so that nobody's folders show.
+
+    arguments: of the process, which may be ``antiphon train NAME ...`` or ``antiphon bench NAME ...``.
+    """
+    if list(arguments[:2]) == module.split(".")[-2:]:
+        arguments = arguments[2:]
     short = [Path(argument).name if Path(argument).is_absolute() else argument for argument in arguments]
     return shlex.join(["python", "-m", module, *short])
 

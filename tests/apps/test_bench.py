@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from antiphon.apps.bench.asr import NOISE, SHAPES, Ours, agreement, build, floors, main
+from antiphon.apps.bench.common import command_line
 from antiphon.apps.bench.load import Load
 
 CPU = torch.device("cpu")
@@ -26,6 +27,12 @@ def test_it_writes_numbers_and_a_picture(tmp_path: Path) -> None:
     assert numbers["capacity"][0]["runs"][0]["chunks"] >= 8
     assert numbers["floors"][0]["floor_ms"] < numbers["steps"][0]["ms"]["antiphon"]
     assert (tmp_path / "t.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("begin", [[], ["train", "duplex_eval"]])
+def test_a_command_is_told_as_it_can_be_given_again(begin: list[str], tmp_path: Path) -> None:
+    told = command_line("antiphon.apps.train.duplex_eval", [*begin, "--bank", str(tmp_path / "bank"), "--calls", "3"])
+    assert told == "python -m antiphon.apps.train.duplex_eval --bank bank --calls 3"
 
 
 @pytest.mark.parametrize("lookahead", [0, 6])
