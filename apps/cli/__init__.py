@@ -392,8 +392,8 @@ def main() -> None:
     """The console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' advice to programmers; ours are shown as lines
-    # Torch's threads wait for each other after every small operation. Spinning there for milliseconds, as they do, takes
-    # the very core that the last of them needs, on a computer that has other work too.
+    # Torch's threads wait for each other after every small operation. Where they spin there for milliseconds, they keep
+    # the core that the last of them needs, on a computer that has other work too.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
