@@ -31,11 +31,7 @@ Part = Literal["lm", "flow", "vocoder"]
 
 PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
 TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
-BUDGETS: Mapping[Part, float] = {
-    "lm": 0.2,
-    "flow": 0.6,
-    "vocoder": 0.6,
-}  # s; half may be spent waiting
+BUDGETS: Mapping[Part, float] = {"lm": 0.2, "flow": 0.6, "vocoder": 0.6}  # seconds; half may be spent waiting
 MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
 
 
