@@ -19,7 +19,7 @@ from .answers import STEP_ERRORS, Command, running_loop, settle
 from .errors import AtCapacity, Closed, Stale, StepFailed
 from .lease import Lease
 from .metrics import LaneMetrics
-from .runner import CpuRunner, Flight, InputCheck, Row, Runner, probe_exact_buckets, slice_count, turn_count
+from .runner import CpuRunner, Flight, InputCheck, Row, Rows, Runner, probe_exact_buckets, slice_count, turn_count
 from .scheduler import Barrier, Batch, Lane, Policy, Scheduler, Work
 from .slots import SlotStore
 
@@ -109,11 +109,11 @@ class Core:
 
     def launch(self, batch: Batch) -> Flight | None:
         lane = batch.lane
-        inputs = [work.payload for work in batch.works]
-        slots = [work.lease.slot.row for work in batch.works]
+        works = batch.works
+        rows = Rows([work.payload for work in works], [work.lease.slot.row for work in works], batch.turns)
         try:
             runner = self.hosted[lane.model].runner
-            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, inputs, slots, batch.turns)
+            return runner.launch(lane.variant, batch.bucket, batch.first, batch.last, rows)
         except STEP_ERRORS as error:
             self._failed(batch, error)
             return None
@@ -277,10 +277,10 @@ class Core:
             if self._cost is not None:
                 measured.steps[bucket].add(self._cost(lane.model, lane.variant, bucket))
                 continue
-            slots = [hosted.store.scratch] * bucket
             turns = [0] * bucket if lane.turns > 1 else []
+            rows = Rows([row] * bucket, [hosted.store.scratch] * bucket, turns)
             for repeat in range(WARM_STEPS):
-                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, [row] * bucket, slots, turns)
+                flight = hosted.runner.launch(lane.variant, bucket, 0, lane.slices, rows)
                 _, seconds = flight.wait()
                 if repeat:
                     measured.steps[bucket].add(seconds / lane.slices)

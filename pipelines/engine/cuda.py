@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.streaming import StreamingModel
-from .runner import Array, Sliced, Staging, Turning, slice_count, turn_count
+from .runner import Rows, Sliced, Staging, Turning, slice_count, turn_count
 from .slots import SlotStore
 
 EAGER_STEPS = 2  # before a capture: lets libraries allocate their workspaces and pick their kernels
@@ -112,7 +112,7 @@ class _Lane:
         self.landing = landings[0]  # of the batch that started last
         self.slices = slices
         self.turning = turning
-        self.taken: tuple[int, list[int], list[int]] | None = None  # what the device's buffers hold, of turns
+        self.taken: tuple[int, Sequence[int], list[int]] | None = None  # what the device's buffers hold, of turns
         self.inputs = {name: tensor.to(device) for name, tensor in staging.inputs.items()}
         self.slots = staging.slots.to(device)
         self.active = staging.active.to(device)
@@ -172,16 +172,7 @@ class CudaRunner:
         self._lanes[variant] = lane
         self._read = held(self._model)
 
-    def launch(
-        self,
-        variant: Hashable,
-        bucket: int,
-        first: int,
-        last: int,
-        inputs: list[dict[str, Array]],
-        slots: list[int],
-        turns: Sequence[int] = (),
-    ) -> CudaFlight:
+    def launch(self, variant: Hashable, bucket: int, first: int, last: int, rows: Rows) -> CudaFlight:
         lane, stream = self._lanes[variant], self._graphs.stream
         captures = lane.captures[bucket]
         started, ended = _event(enable_timing=True), _event(enable_timing=True)
@@ -190,11 +181,11 @@ class CudaRunner:
                 lane.landing = next(lane.turns)
                 lane.landing.landed.synchronize()  # the batch that used it before: long landed, unless this one hurries
                 # The turn after the last of the same rows finds its inputs on the device.
-                if not turns or lane.taken != (bucket, slots, list(turns)):
-                    lane.landing.staging.fill(inputs, slots, bucket, turns)
+                if not rows.turns or lane.taken != (bucket, rows.slots, list(rows.turns)):
+                    lane.landing.staging.fill(rows, bucket)
                     self._upload(lane, bucket)
-                if turns:
-                    lane.taken = (bucket, slots, [turn + 1 for turn in turns])
+                if rows.turns:
+                    lane.taken = (bucket, rows.slots, [turn + 1 for turn in rows.turns])
             landing = lane.landing
             started.record(stream)
             for capture in captures[first:last]:

@@ -100,27 +100,23 @@ class ThreadDriver:
     def _loop(self) -> None:
         core, items = self._core, self._items
         flights: deque[tuple[Batch, Flight]] = deque()  # of all streams, in the order of their starts
-        flying: Counter[str] = Counter()
         while not self._stopping:
             while items:
                 core.take(items.popleft())
             for landed in [each for each in flights if each[1].ready()]:
                 flights.remove(landed)
-                flying[landed[0].lane.stream] -= 1
                 core.land(*landed)
+            flying = Counter(batch.lane.stream for batch, _ in flights)
             room = [stream for stream in core.streams if flying[stream] < core.depth]
             decision = core.decide(core.now(), room) if room else None
             if isinstance(decision, Batch):
                 flight = core.launch(decision)
                 if flight is not None:
                     flights.append((decision, flight))
-                    flying[decision.lane.stream] += 1
             elif not flights:
                 self._sleep(decision)
             elif len(core.streams) == 1:
-                landed = flights.popleft()
-                flying[landed[0].lane.stream] -= 1
-                core.land(*landed)
+                core.land(*flights.popleft())
             else:
                 self._sleep(core.now() + NAP)
         while flights:

@@ -125,7 +125,7 @@ class Engine:
         paced: the session sends at the pace of its media and its chunks have deadlines. False (a file): it counts
         against the slots only and runs in the gaps.
         """
-        return await self._ask_core(partial(self._core.open, self, name, variant, paced))
+        return await self.ask(partial(self._core.open, self, name, variant, paced), joined=False)
 
     def open_sync(self, name: str, variant: Hashable = None, *, paced: bool = False) -> Lease:
         """``open``, blocking; for files unless ``paced``."""
@@ -196,10 +196,11 @@ class Engine:
         """Have ``call`` run in the engine's thread; with a lease, after what that lease submitted before."""
         self._command(Command(call, None), lease)
 
-    def ask(self, call: Callable[[], T], lease: Lease | None = None) -> asyncio.Future[T]:
-        """``tell``, with a future of the result."""
+    def ask(self, call: Callable[[], T], lease: Lease | None = None, *, joined: bool = True) -> asyncio.Future[T]:
+        """``tell``, with a future of the result. joined: see ``Command``; not for what touches no memory of the device
+        but a slot's, on the stream of its model."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._command(Command(call, future), lease)
+        self._command(Command(call, future, joined=joined), lease)
         return future
 
     def ask_sync(self, call: Callable[[], T], lease: Lease | None = None) -> T:
@@ -225,7 +226,7 @@ class Engine:
 
     def switch(self, lease: Lease, variant: Hashable) -> asyncio.Future[tuple[Lane, InputCheck]]:
         """The lane and input check of another variant, with the lease counted there."""
-        return self._ask_core(partial(self._core.switch, lease, variant))
+        return self.ask(partial(self._core.switch, lease, variant), joined=False)
 
     def turns(self, lane: Lane, inputs: Inputs) -> int:
         """Turns that a step of these inputs takes. May be called from any thread."""
@@ -238,12 +239,6 @@ class Engine:
         hosted = self._core.find(name)
         lane = hosted.lane(variant)
         return lane, hosted.checks[lane.variant]
-
-    def _ask_core(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """``ask``, for what touches no memory of the device but a slot's, on the stream of its model."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._hand(Command(call, future, joined=False))
-        return future
 
     def _command(self, command: Command[Any], lease: Lease | None) -> None:
         self._hand(command if lease is None else Barrier(lease, command))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -57,6 +58,15 @@ def slice_count(model: StreamingModel, variant: Hashable) -> int:
     return model.slices(variant) if isinstance(model, Sliced) else 1
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a batch steps: of each session inputs, slot, and the turn that it takes where steps are made of turns."""
+
+    inputs: Sequence[Mapping[str, Array]]
+    slots: Sequence[int]
+    turns: Sequence[int] = ()
+
+
 class Row(Mapping[str, Tensor]):
     """One session's outputs: a view of its row of the batch's outputs, cut when asked for."""
 
@@ -104,20 +114,18 @@ class Staging:
             self._views[bucket] = (inputs, self.slots[:bucket], self.active[:bucket])
         return self._views[bucket]
 
-    def fill(
-        self, inputs: Sequence[Mapping[str, Array]], slots: Sequence[int], bucket: int, turns: Sequence[int] = ()
-    ) -> None:
-        """Write the rows, and padding up to ``bucket``. turns: of each row, where steps are made of them."""
-        rows = len(inputs)
-        if turns:
-            self.turns[:rows] = torch.tensor(turns)
-            self.turns[rows:bucket] = 0
+    def fill(self, rows: Rows, bucket: int) -> None:
+        """Write the rows, and padding up to ``bucket``."""
+        count = len(rows.inputs)
+        if rows.turns:
+            self.turns[:count] = torch.tensor(rows.turns)
+            self.turns[count:bucket] = 0
         for field in self._fields:
-            field.write([row[field.name] for row in inputs], bucket)
-        self._slots[:rows] = slots
-        self._slots[rows:bucket] = self._scratch
-        self._active[:rows] = True
-        self._active[rows:bucket] = False
+            field.write([row[field.name] for row in rows.inputs], bucket)
+        self._slots[:count] = rows.slots
+        self._slots[count:bucket] = self._scratch
+        self._active[:count] = True
+        self._active[count:bucket] = False
 
 
 class _Field:
@@ -209,17 +217,8 @@ class Runner(Protocol):
     def prepare(self, variant: Hashable, buckets: Sequence[int]) -> None:
         """Allocate (and capture) what batches of these sizes need."""
 
-    def launch(
-        self,
-        variant: Hashable,
-        bucket: int,
-        first: int,
-        last: int,
-        inputs: list[dict[str, Array]],
-        slots: list[int],
-        turns: Sequence[int] = (),
-    ) -> Flight:
-        """Run slices ``first`` to ``last`` for these rows; of a variant made of turns, turn ``turns[i]`` of row i."""
+    def launch(self, variant: Hashable, bucket: int, first: int, last: int, rows: Rows) -> Flight:
+        """Run slices ``first`` to ``last`` for these rows; of a variant made of turns, the turn of each."""
 
 
 class CpuRunner:
@@ -238,25 +237,16 @@ class CpuRunner:
         self._staging[variant] = Staging(self._model.input_spec(variant), max(buckets), self._store.scratch)
         self._slices[variant] = slice_count(self._model, variant)
 
-    def launch(
-        self,
-        variant: Hashable,
-        bucket: int,
-        first: int,
-        last: int,
-        inputs: list[dict[str, Array]],
-        slots: list[int],
-        turns: Sequence[int] = (),
-    ) -> Flight:
+    def launch(self, variant: Hashable, bucket: int, first: int, last: int, rows: Rows) -> Flight:
         staging = self._staging[variant]
         started = self._now()
         if first == 0:
-            staging.fill(inputs, slots, bucket, turns)
+            staging.fill(rows, bucket)
         tensors, slot_rows, active = staging.views(bucket)
         arguments = (tensors, self._store.state, slot_rows, active)
         outputs: dict[str, Tensor] = {}
         with torch.inference_mode():
-            if turns:
+            if rows.turns:
                 outputs = cast(Turning, self._model).step_turn(staging.turns[:bucket], *arguments)
             elif self._slices[variant] == 1:
                 outputs = self._model.step(*arguments)

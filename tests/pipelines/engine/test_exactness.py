@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy_models import WIDTH, Solver, Toy
 
 from antiphon.pipelines.engine import Engine, Lease, Row, probe_exact_buckets
-from antiphon.pipelines.engine.runner import Staging
+from antiphon.pipelines.engine.runner import Rows, Staging
 
 SESSIONS, CHUNKS = 8, 30
 NOISE = np.random.default_rng(0).standard_normal((SESSIONS, CHUNKS, 3, WIDTH)).astype(np.float32)
@@ -278,8 +278,8 @@ def test_the_probe_sees_a_difference_that_only_the_state_shows() -> None:
 def test_staging_pads_with_reset_values() -> None:
     staging = Staging(Toy().input_spec(3), 8, scratch=5)
     rows = [{"frames": np.full((3, WIDTH), float(index), np.float32), "gain": np.float32(index)} for index in range(7)]
-    staging.fill(rows, list(range(7)), 8)
-    staging.fill(rows[:2], [3, 1], 4)
+    staging.fill(Rows(rows, list(range(7))), 8)
+    staging.fill(Rows(rows[:2], [3, 1]), 4)
     inputs, slots, active = staging.views(4)
     assert slots.tolist() == [3, 1, 5, 5]
     assert active.tolist() == [True, True, False, False]
