@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint of the hub that is no FastConformer. name: as one gives it to a command. parameters: in millions."""
+    """A checkpoint of the hub that is no FastConformer. name: as one gives it to a command."""
 
     name: str
     what: str
@@ -55,15 +55,15 @@ class Published:
 
 
 PUBLISHED = (
-    Published("moshiko", TALKS, 7690, "English", KYUTAI),
-    Published("moshika", TALKS, 7690, "English", KYUTAI),
-    Published("moshiko-q8", TALKS, 7690, "English", KYUTAI),
-    Published("moshika-q8", TALKS, 7690, "English", KYUTAI),
-    Published("personaplex", TALKS, 7690, "English", NVIDIA),
-    Published("stt-1b-en_fr-candle", HEARS, 1000, "English, French", KYUTAI),
-    Published("stt-2.6b-en", HEARS, 2600, "English", KYUTAI),
-    Published(cosyvoice.DEFAULT, SPEAKS, 639, "Chinese, English, Japanese, Korean", "Apache-2.0"),
-    Published(mimi_checkpoint.DEFAULT, CODES, 96, "", KYUTAI),
+    Published("moshiko", TALKS, 7_690_000_000, "English", KYUTAI),
+    Published("moshika", TALKS, 7_690_000_000, "English", KYUTAI),
+    Published("moshiko-q8", TALKS, 7_690_000_000, "English", KYUTAI),
+    Published("moshika-q8", TALKS, 7_690_000_000, "English", KYUTAI),
+    Published("personaplex", TALKS, 7_690_000_000, "English", NVIDIA),
+    Published("stt-1b-en_fr-candle", HEARS, 1_000_000_000, "English, French", KYUTAI),
+    Published("stt-2.6b-en", HEARS, 2_600_000_000, "English", KYUTAI),
+    Published(cosyvoice.DEFAULT, SPEAKS, 639_000_000, "Chinese, English, Japanese, Korean", "Apache-2.0"),
+    Published(mimi_checkpoint.DEFAULT, CODES, 96_000_000, "", KYUTAI),
 )
 
 
@@ -115,7 +115,7 @@ def _embedded() -> Iterator[Row]:
 
 def _known() -> Iterator[Row]:
     for known in recognisers.KNOWN:
-        where, size = _there(recognisers.cached(known.name), known.parameters // 1_000_000)
+        where, size = _there(recognisers.cached(known.name), known.parameters)
         yield Row(known.name, HEARS, where, size, _milliseconds(known.lookaheads), known.languages, known.licence)
 
 
@@ -129,7 +129,8 @@ def _there(folder: Path | None, parameters: int) -> tuple[str, str]:
     """Where a checkpoint of the hub is, and how large."""
     if folder is not None:
         return "this computer", _bytes(_weight(folder))
-    return "hub", f"{parameters} M parameters" if parameters < 1000 else f"{parameters / 1000:.1f} B parameters"
+    size = f"{parameters / 1e6:.0f} M" if parameters < 1e9 else f"{parameters / 1e9:.1f} B"
+    return "hub", f"{size} parameters"
 
 
 def _milliseconds(lookaheads: tuple[int, ...]) -> str:
