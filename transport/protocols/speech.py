@@ -33,6 +33,10 @@ from .common import told
 PATH = "/v1/audio/speech"
 LONGEST = 4096  # characters
 SPEEDS = (0.25, 4.0)
+OPENAI_VOICES = frozenset(
+    ("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse")
+)
+"""OpenAI's own, which many clients name unasked: here the model's first voice, unless it has one of that name."""
 STALLED_SECONDS = 60.0  # in which a client takes nothing, after which it gets no more
 
 
@@ -119,7 +123,10 @@ class _Speech:
             try:
                 speech = Speech.of(self.service.engine)
             except (ValueError, TypeError):
-                raise _Refused(404, "no speech model is served here", "model_not_found", "model") from None
+                message = "no speech model is served here: start the server with --voice NAME or --speech-model"
+                raise _Refused(404, message, "model_not_found", "model") from None
+            if voice in OPENAI_VOICES and voice not in speech.reader.voices:
+                voice = "default"
             if voice != "default":
                 try:
                     speech.reader.voice(voice)

@@ -133,6 +133,18 @@ def test_what_cannot_be_is_told(engine: Engine, change: dict[str, Any], status: 
     asyncio.run(main())
 
 
+def test_a_voice_of_openai_is_the_first(engine: Engine) -> None:
+    async def main() -> None:
+        async with serving(routes(serve(engine))) as address:
+            asked: dict[str, Any] = {"model": "tts-1", "input": TEXT, "response_format": "pcm"}
+            asked["extra_body"] = {"seed": 7}
+            heard = [(await client(address).audio.speech.create(voice=name, **asked)).content
+                     for name in ("default", "alloy", "nova")]  # fmt: skip
+        assert heard[0] == heard[1] == heard[2] != b""
+
+    asyncio.run(main())
+
+
 def test_what_is_not_json_is_told(engine: Engine) -> None:
     async def main() -> None:
         async with serving(routes(serve(engine))) as address, httpx.AsyncClient() as http:
