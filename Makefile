@@ -21,11 +21,13 @@ $(VENV)/.installed-$(EXTRAS): $(BIN)/python pyproject.toml setup.py $(wildcard t
 	$(if $(findstring parity,$(EXTRAS)),$(BIN)/python -m pip install --quiet --no-deps -r tests/parity/requirements.txt)
 	touch $@
 
-demo: $(VENV)/.installed  ## caption a bundled clip of human speech, live; then a full-duplex dialogue
+demo: $(VENV)/.installed  ## caption a bundled clip of human speech, live; then a full-duplex dialogue; then speech of a text
 	$(BIN)/antiphon transcribe --realtime apps/samples/two_cities.flac
 	@mkdir -p build
 	$(BIN)/antiphon talk --file apps/samples/questions.flac -o build/dialogue.wav --seed 0
 	@echo "Both sides of the dialogue, the model on the right: build/dialogue.wav"
+	$(BIN)/antiphon speak "You have heard two strangers read and talk. I am a small voice, and I speak while I think." -o build/speech.wav --seed 0
+	@echo "What it says: build/speech.wav"
 
 test: $(VENV)/.installed-$(EXTRAS)
 	$(BIN)/python -m pytest

@@ -31,7 +31,7 @@ from .tts_vocoder import load_vocoder
 
 LARGEST = 40_000_000  # bytes of a model that ships with the package
 PARTS = ("lm", "flow", "vocoder")
-SAMPLING = Sampling(temperature=0.8, top_p=0.9, top_k=30, tau=0.5)
+SAMPLING = Sampling(temperature=0.5, top_p=0.9, top_k=30, tau=0.5)
 """With 729 tokens, neighbours are often alike: only a token that makes up half of the last ten is drawn again."""
 
 
@@ -113,6 +113,7 @@ def write_card(
             f"| {voice} | {facts['utterances']} | {facts['hours']} | {speaker.teacher}'s {speaker.voice} | Apache-2.0 |"
         )
     lines += ["", "A sentence in a hundred, told by a hash of its words, was kept for testing.", "", "## Recipe", ""]
+    lines += ["How the banks were spoken and their speech tokens made is told in apps/train/README.md.", ""]
     for part in PARTS:
         run = runs[part]
         command = command_line("antiphon.apps.train.tts", run["command"][1:])
