@@ -249,18 +249,19 @@ def plot_speech_window(path: Path) -> Path:
         rows = [row for row in found["rows"] if row["seconds"] is not None]
         other = found["rows"][-1]
         label = f"{kind}: passages up to {found['longest_seconds']:.0f} s"
+        noise = {"color": colour, "linewidth": 0.6, "linestyle": "dashed", "label": "other noise, nothing forgotten"}
         for key, style, name in (("mel_rms", "o-", label), ("mel_rms_worst_second", "o:", None)):
             axes[0, 0].plot(places, [row[key] for row in rows], style, color=colour, label=name)
-        axes[0, 0].axhline(other["mel_rms"], color=colour, linewidth=0.6, linestyle="dashed")
+        axes[0, 0].axhline(other["mel_rms"], **noise)
         if judged:
             heights, errors = ([row[key] for row in rows] for key in ("plcmos_change", "plcmos_error"))
             axes[0, 1].errorbar(places, heights, errors, fmt="o-", color=colour, capsize=3, label=label)
-            axes[0, 1].axhline(other["plcmos_change"], color=colour, linewidth=0.6, linestyle="dashed")
-    axes[0, 0].set_ylabel("rms distance of mel frames, in nepers (dotted: the worst second)")
+            axes[0, 1].axhline(other["plcmos_change"], **noise)
+    axes[0, 0].set_ylabel("rms distance of mel frames (dotted: worst second)")
     axes[0, 0].set_ylim(bottom=0)
     for axis in axes[0]:
         axis.set_xticks(places, labels, fontsize=8)
-        axis.set_xlabel(f"window; of a session, {numbers['model']} and CosyVoice2-0.5B (dashed: other noise)")
+        axis.set_xlabel("window; what a session then takes: this voice, CosyVoice2-0.5B")
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     if judged:
