@@ -231,3 +231,43 @@ def plot_speech(path: Path) -> Path:
     figure.savefig(target)
     pyplot.close(figure)
     return target
+
+
+def plot_speech_window(path: Path) -> Path:
+    """Distance of the mel frames and loss of PLCMOS by window, with what a session then takes."""
+    numbers = json.loads(path.read_text(encoding="utf-8"))["numbers"]
+    pyplot.rcParams.update({"font.family": "sans-serif", "font.size": 10, "svg.fonttype": "none"})
+    memory = numbers["memory"]
+    places = range(len(memory))
+    labels = [f"{row['seconds']:g} s\n{row['session_mb']:.0f} MB\n{row['published_mb']:.0f} MB" for row in memory]
+    judged = "plcmos_change" in numbers["spoken"]["rows"][0]
+    figure, axes = pyplot.subplots(
+        1, 1 + judged, figsize=(6.6 * (1 + judged), 4.6), squeeze=False, layout="constrained"
+    )
+    for kind, colour in (("spoken", COLOURS["antiphon"]), ("joined", COLOURS["aiortc"])):
+        found = numbers[kind]
+        rows = [row for row in found["rows"] if row["seconds"] is not None]
+        other = found["rows"][-1]
+        label = f"{kind}: passages up to {found['longest_seconds']:.0f} s"
+        noise = {"color": colour, "linewidth": 0.6, "linestyle": "dashed", "label": "other noise, nothing forgotten"}
+        for key, style, name in (("mel_rms", "o-", label), ("mel_rms_worst_second", "o:", None)):
+            axes[0, 0].plot(places, [row[key] for row in rows], style, color=colour, label=name)
+        axes[0, 0].axhline(other["mel_rms"], **noise)
+        if judged:
+            heights, errors = ([row[key] for row in rows] for key in ("plcmos_change", "plcmos_error"))
+            axes[0, 1].errorbar(places, heights, errors, fmt="o-", color=colour, capsize=3, label=label)
+            axes[0, 1].axhline(other["plcmos_change"], **noise)
+    axes[0, 0].set_ylabel("rms distance of mel frames (dotted: worst second)")
+    axes[0, 0].set_ylim(bottom=0)
+    for axis in axes[0]:
+        axis.set_xticks(places, labels, fontsize=8)
+        axis.set_xlabel("window; what a session then takes: this voice, CosyVoice2-0.5B")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    if judged:
+        axes[0, 1].set_ylabel("change of PLCMOS, with its standard error")
+    figure.suptitle("What the flow forgets: the same tokens and noise, with rolling windows")
+    target = path.with_suffix(".svg")
+    figure.savefig(target)
+    pyplot.close(figure)
+    return target

@@ -13,9 +13,9 @@ BENCHMARKS = {
     "duplex": "full-duplex dialogue: a frame's time, sessions in real time, beside the moshi package",
     "runtime": "what the graph itself costs a chunk",
     "speech": "speech synthesis: first audio, streams in real time, beside upstream's own serving",
+    "speech_window": "speech synthesis: quality and memory of what the flow looks back on",
     "transport_loss": "speech over a network that loses packets, beside aiortc's own receiver",
     "transport_peers": "mouth to ear through an echo, and how many peers a core carries, beside aiortc alone",
-    "window": "speech synthesis: quality and memory of what the flow looks back on",
 }
 RECIPES = {
     "asr": "the embedded recogniser, from speech with transcripts and a teacher",

@@ -32,7 +32,8 @@ from .console import CommandError, quiet_libraries, stderr
 from .progress import progress, real_time_factor
 from .transcribe import check_device
 
-LIMITS = FlowLimits(left=1200, voices=1, prompt=1)
+# One session has memory to speak sentences of 24 s as trained; of longer ones the oldest frames are forgotten.
+LIMITS = FlowLimits(left=1200, rolling=True, voices=1, prompt=1)
 PIECE = 4096  # bytes of standard input at once
 NOTHING = "there is nothing to say in this text"
 

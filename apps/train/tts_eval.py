@@ -77,8 +77,8 @@ class Utterance:
 class Heard(Synthesis):
     """An utterance that remembers its pieces and passages."""
 
-    def __init__(self, speech: Speech, voice: str, seed: int) -> None:
-        super().__init__(speech, voice, seed)
+    def __init__(self, speech: Speech, voice: str, seed: int, *, arriving: bool = False) -> None:
+        super().__init__(speech, voice, seed, arriving=arriving)
         self.heard: list[Piece] = []
         self.passages: dict[int, Any] = {}
 

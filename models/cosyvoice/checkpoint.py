@@ -89,7 +89,10 @@ def find(name: str | PathLike[str] = DEFAULT) -> Files:
     return Files(folder, *paths)
 
 
-_REFUSED = f"CosyVoice 3 has another flow, vocoder and speech tokenizer, which are not read; use {DEFAULT}"
+_REFUSED = (
+    "of CosyVoice 3 only the language model (llm.pt) is read, not its flow (a diffusion transformer), its vocoder "
+    f"(a causal HiFT) and its speech tokenizer; use {DEFAULT}"
+)
 
 
 def _missing(folder: Path) -> list[str]:

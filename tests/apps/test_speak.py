@@ -18,7 +18,7 @@ from tiny_speech import MELS, SPEECH, voice, write
 
 from antiphon.apps import voices
 from antiphon.apps.cli import main
-from antiphon.apps.cli.speak import pieces
+from antiphon.apps.cli.speak import LIMITS, pieces
 from antiphon.codecs import audio_file, prompt_mel
 from antiphon.models import hub
 from antiphon.models.cosyvoice.voice import Voice
@@ -89,6 +89,13 @@ def test_writes_what_the_models_say(antiphon, model, expected, tmp_path, given):
     written = audio_file.read(output, RATE)
     assert written.shape == expected[name].shape
     assert np.abs(written - expected[name]).max() < 1e-4
+
+
+def test_a_sentence_longer_than_the_flow_remembers_is_said_to_its_end(antiphon, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[pieces.__module__], "LIMITS", replace(LIMITS, left=20))
+    status, _, err = antiphon("speak", TEXT, "-o", tmp_path / "out.wav", "--model", model, "--seed", 5)
+    assert status == 0, err
+    assert audio_file.read(tmp_path / "out.wav", RATE).shape == expected["bob"].shape
 
 
 def test_text_may_come_on_standard_input(antiphon, model, expected, tmp_path, monkeypatch):

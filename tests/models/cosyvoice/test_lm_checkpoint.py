@@ -212,7 +212,7 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
 def test_cosyvoice_3_is_known_and_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "voice")
     (folder / "cosyvoice3.yaml").write_text("")
-    with pytest.raises(CheckpointError, match=r"holds cosyvoice3\.yaml; CosyVoice 3 has another flow"):
+    with pytest.raises(CheckpointError, match=r"holds cosyvoice3\.yaml; of CosyVoice 3 only .* not its flow"):
         find(folder)
 
 
@@ -231,7 +231,7 @@ def test_the_hub_is_asked_for_what_is_read_only(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(hub, "fetch", fetch)
     assert find().lm == folder / "llm.pt"
     assert set(chosen) == set(wanted)
-    for held, message in ((["cosyvoice3.yaml"], "CosyVoice 3 has"), (["llm.pt"], r"holds no flow\.pt")):
+    for held, message in ((["cosyvoice3.yaml"], "use FunAudioLLM/CosyVoice2-0.5B"), (["llm.pt"], r"holds no flow\.pt")):
         names[:] = held
         with pytest.raises(CheckpointError, match=message):
             find()
