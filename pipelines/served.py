@@ -103,6 +103,8 @@ def talk(
     graph, asr, turns, control = _listening({name: options[name] for name in options if name not in voice}, dictated)
     respond, speak = Respond(answer=answer, instructions=instructions), Speak(**voice)
     turn = Link(items=_TURN_SECONDS * 40, ms=_TURN_SECONDS * 1000)
+    # Each report lasts as long as the reply up to it, and is made up for by the next.
+    told = Link(items=64, ms=_TURN_SECONDS * 1000, feedback=True, policy="drop_oldest")
     return (
         graph
         | (turns["turn"] >> turn >> respond["turn"])
@@ -110,7 +112,7 @@ def talk(
         | (control >> respond["control"])
         | (respond["reply"] >> Link(items=256) >> speak["text"])
         | (speak["said"] >> relay().named("reply"))
-        | (speak["said"] >> Link(items=64, feedback=True, policy="drop_oldest") >> respond["said"])
+        | (speak["said"] >> told >> respond["said"])
     )
 
 
