@@ -104,6 +104,30 @@ def test_a_call_is_captioned(browser: Any, parrot_server: str, tmp_path: Path) -
     page.close()
 
 
+def test_an_answer_counts_from_the_caption_to_its_first_sound(browser: Any, parrot_server: str) -> None:
+    page = Visit(browser, parrot_server).page
+    rows = page.evaluate(
+        """async () => {
+        const { Latency } = await import("/js/latency.js");
+        const latency = new Latency();
+        let now = 1000;
+        performance.now = () => now;
+        const rows = () => [...document.querySelectorAll(".turn-row")].map((row) => row.textContent);
+        const turn = () => { latency.turn({ heard: now - 500, waited: 500, rtt: 0, jitter: 20 }); latency.final(); };
+        latency.reply(0.5); // of an answer before
+        turn();
+        now += 100; latency.reply(0.5); // still that one
+        now += 300; latency.reply(0); latency.reply(0.5);
+        now += 300; latency.reply(0.5); // of the same answer
+        turn(); latency.speech();
+        now += 400; latency.reply(0.5); // no answer: who speaks now has interrupted
+        return rows();
+        }"""
+    )
+    assert rows == ["#1920 ms", "#2520 ms"]
+    page.close()
+
+
 def test_what_goes_wrong_is_said_in_plain_words(browser: Any, parrot_server: str) -> None:
     visit = Visit(browser, parrot_server)
     page = visit.page

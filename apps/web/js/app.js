@@ -102,6 +102,7 @@ function tick() {
   const reply = ears.reply.peak();
   $("level").value = loudness(you);
   $("reply-level").value = loudness(reply);
+  latency.reply(reply);
   if (connection.state !== "closed") waves.add(callSeconds(), you, reply);
 }
 

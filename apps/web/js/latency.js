@@ -1,10 +1,13 @@
 // The latency of each turn, from the end of speech to the settled caption, by the stages that it was spent in: the
 // network there and back, the server's playout buffer, and from when the server had heard the end of speech, the wait to
-// be sure of it and the rest, which the recogniser took.
+// be sure of it and the rest, which the recogniser took. Where an answer is heard after that: the time to its first sound.
 
-export const STAGES = ["network", "jitter", "endpoint", "recognition"];
+export const STAGES = ["network", "jitter", "endpoint", "recognition", "answer"];
 const SHOWN = 7;
 const PATIENCE_MS = 4000; // for the caption of a turn that has ended
+const ANSWER_MS = 10000; // for the first sound of its answer
+const LOUD = 0.01;
+const QUIET_MS = 250; // after which a sound is a new one
 
 export class Latency {
   #box = document.getElementById("latency");
@@ -13,16 +16,18 @@ export class Latency {
   #turns = [];
   #open = null; // the turn that waits for its caption
   #final = null; // when the last caption came that no turn has claimed
+  #unanswered = null; // the last turn, and when it had its caption
+  #loud = -Infinity; // when the reply was last loud
 
   clear() {
     this.#turns = [];
-    this.#open = this.#final = null;
+    this.#open = this.#final = this.#unanswered = null;
     this.#box.replaceChildren(this.#empty);
     this.#figures.textContent = "";
   }
 
   speech() {
-    this.#open = this.#final = null;
+    this.#open = this.#final = this.#unanswered = null;
   }
 
   /** heard: when the server had heard the end of speech, by this page's clock; waited, rtt, jitter: milliseconds. */
@@ -37,13 +42,30 @@ export class Latency {
     else this.#final = now;
   }
 
+  /** peak: of what is heard of the reply now, 0 to 1. */
+  reply(peak) {
+    if (peak < LOUD) return;
+    const now = performance.now();
+    const begins = now - this.#loud > QUIET_MS;
+    this.#loud = now;
+    if (!begins || !this.#unanswered) return;
+    const { turn, settled } = this.#unanswered;
+    this.#unanswered = null;
+    if (now - settled > ANSWER_MS) return;
+    turn.answer = now - settled;
+    turn.total += turn.answer;
+    this.#show();
+  }
+
   #close(now) {
     const { heard, waited, rtt, jitter } = this.#open;
     this.#open = this.#final = null;
     const served = now - rtt / 2 - heard; // on the server, from the end of speech
-    const stages = { network: rtt, jitter, endpoint: waited, recognition: Math.max(0, served - waited) };
+    const stages = { network: rtt, jitter, endpoint: waited, recognition: Math.max(0, served - waited), answer: 0 };
     const total = STAGES.reduce((sum, stage) => sum + stages[stage], 0);
-    this.#turns.push({ ...stages, total, number: this.#turns.length + 1 });
+    const turn = { ...stages, total, number: this.#turns.length + 1 };
+    this.#turns.push(turn);
+    this.#unanswered = { turn, settled: performance.now() };
     this.#show();
   }
 
@@ -71,7 +93,7 @@ function row(turn, most) {
   const stack = document.createElement("div");
   stack.className = "stack";
   stack.setAttribute("role", "img");
-  const words = STAGES.map((stage) => `${stage} ${Math.round(turn[stage])} ms`).join(", ");
+  const words = STAGES.filter((stage) => stage !== "answer" || turn.answer).map((stage) => `${stage} ${Math.round(turn[stage])} ms`).join(", ");
   stack.setAttribute("aria-label", `Turn ${turn.number}: ${words}`);
   stack.title = words;
   for (const stage of STAGES) {
