@@ -7,11 +7,13 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from toy_models import Breaks, Chain, Null, Solver
 
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import AtCapacity, Batch, Engine, Lane, Scheduler, Stale, StepFailed, Work
 from antiphon.pipelines.engine.core import Core
+from antiphon.pipelines.engine.drive import _arrived
 from antiphon.pipelines.engine.runner import Flight
 
 ONE = {"x": np.float32([1])}
@@ -170,3 +172,23 @@ def test_the_thread_keeps_all_streams_busy(monkeypatch: pytest.MonkeyPatch) -> N
             assert int((await asyncio.wait_for(waiting, 10))["count"]) == 1
 
         asyncio.run(main())
+
+
+def test_what_lands_while_the_thread_looks_waits_for_the_batch_before_it() -> None:
+    class Late:
+        """Lands right after it was looked at for the first time."""
+
+        def __init__(self, looks: int) -> None:
+            self.looks = looks
+
+        def ready(self) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+        def wait(self) -> tuple[dict[str, torch.Tensor], float]:
+            raise AssertionError("not asked for here")
+
+    left, right = lane("left", "a"), lane("right", "b")
+    flights = [(Batch(of, [], 4, (0.0, 0)), Late(looks)) for of, looks in ((left, 1), (left, 0), (right, 0))]
+    assert _arrived(flights) == [flights[2]]
+    assert _arrived(flights[:2]) == flights[:2]
