@@ -4,7 +4,8 @@ Inputs go from pinned staging to static device buffers, the graph runs over them
 buffers with an event, all on the model's stream. Two batches of a stream may be in flight: the host fills the next
 while the device runs. All graphs of a stream share one memory pool. That is safe because they run one after another and
 each graph's outputs are copied out before the next graph can reuse the memory; streams, which run at the same time,
-share none. What a graph reads is kept for as long as the graph: making a model ready that shares parts with it replaces
+share none. While a model is made ready cuDNN may choose among deterministic algorithms only: the same inputs give the
+same bits whenever its graphs run (cuBLAS has a workspace for each stream, and gives them anyway). What a graph reads is kept for as long as the graph: making a model ready that shares parts with it replaces
 what was made of them.
 """
 
@@ -163,7 +164,7 @@ class CudaRunner:
         stagings = [Staging(specs, max(buckets), self._store.scratch, pinned=True) for _ in range(self.depth)]
         slices = slice_count(self._model, variant)
         landings, turning = [_Landing(staging) for staging in stagings], turn_count(self._model, variant) > 1
-        with self._graphs:
+        with self._graphs, deterministic():
             lane = _Lane(landings, self._graphs.device, slices, turning=turning)
             for bucket in sorted(buckets, reverse=True):
                 lane.captures[bucket] = [self._capture(lane, bucket, index) for index in range(slices)]
@@ -239,6 +240,18 @@ class CudaRunner:
         if lane.slices == 1:
             return self._model.step(*arguments)
         return cast(Sliced, self._model).step_slice(index, *arguments)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Convolutions by algorithms that give the same bits each time, and not by the fastest of a race."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def held(model: nn.Module) -> list[Tensor]:
