@@ -165,8 +165,14 @@ def bench_requests(random: Random) -> dict[str, Any]:
         random.install(engine, AT_ONCE, rows=powers(AT_ONCE)[-1])
         alone, row, crowd = asyncio.run(requests(engine))
 
-    def same(said: Said, other: Said) -> bool:
-        return said.made == other.made > 0 and np.array_equal(said.sound(), other.sound())
+    pairs = {
+        "in_a_row": [(said, alone[0]) for said in row],
+        "at_once": [(said, alone[number % VOICES]) for number, said in enumerate(crowd)],
+    }
+    compared = {
+        name: {part: compare(part, [(one.made_by(part), other.made_by(part)) for one, other in both]) for part in PARTS}
+        for name, both in pairs.items()
+    }
 
     def hop(said: Said) -> int:
         return next(len(samples) for samples in said.samples if len(samples))
@@ -174,12 +180,30 @@ def bench_requests(random: Random) -> dict[str, Any]:
     return {
         "first_samples": sorted({hop(said) for said in (*alone, *row, *crowd)}),
         "loud": bool(all(float(np.abs(said.sound()).max()) > 0 for said in alone)),
-        "same_sound_in_a_row": sum(same(said, alone[0]) for said in row),
-        "same_sound_at_once": sum(same(said, alone[number % VOICES]) for number, said in enumerate(crowd)),
+        "same_sound_in_a_row": compared["in_a_row"]["vocoder"]["same"],
+        "same_sound_at_once": compared["at_once"]["vocoder"]["same"],
+        "compared": compared,
         "alone_ms": [round(said.first * 1e3, 2) for said in alone],
         "in_a_row_ms": [round(said.first * 1e3, 2) for said in row],
         "at_once_ms": _times([said.first for said in crowd]),
     }
+
+
+def compare(part: Part, pairs: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> dict[str, Any]:
+    """How many pairs of a part's tokens, frames or samples are the same to the bit. Of the others, the first token, row
+    of frames or sample that differs in any, and by how much any differs at most."""
+    found: dict[str, Any] = {"same": 0}
+    for one, other in pairs:
+        if one.size and one.shape == other.shape and np.array_equal(one, other):
+            found["same"] += 1
+            continue
+        size = min(len(one), len(other))
+        apart = np.abs(one[:size].astype(np.float64) - other[:size])
+        differs = (apart > 0).any(axis=tuple(range(1, apart.ndim)))
+        first = int(differs.argmax()) if differs.any() else size
+        found["first"] = min(first, found.get("first", first))
+        found["largest"] = max(float(apart.max(initial=0.0)), found.get("largest", 0.0))
+    return {**found, "of": len(pairs), "what": {"lm": "tokens", "flow": "frames", "vocoder": "samples"}[part]}
 
 
 def room(random: Random, reserve: float) -> int:

@@ -5,8 +5,8 @@ buffers with an event, all on the model's stream. Two batches of a stream may be
 while the device runs. All graphs of a stream share one memory pool. That is safe because they run one after another and
 each graph's outputs are copied out before the next graph can reuse the memory; streams, which run at the same time,
 share none. While a model is made ready cuDNN may choose among deterministic algorithms only: the same inputs give the
-same bits whenever its graphs run (cuBLAS has a workspace for each stream, and gives them anyway). What a graph reads is kept for as long as the graph: making a model ready that shares parts with it replaces
-what was made of them.
+same bits whenever its graphs run (cuBLAS has a workspace for each stream, and gives them anyway). What a graph reads is
+kept for as long as the graph: making a model ready that shares parts with it replaces what was made of them.
 """
 
 from __future__ import annotations

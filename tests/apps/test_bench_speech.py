@@ -84,6 +84,19 @@ def test_requests_sound_alike_in_a_row_and_at_once_in_short_floats(tmp_path: Pat
     assert (requests["same_sound_in_a_row"], requests["same_sound_at_once"]) == (3, speech.AT_ONCE)
     assert len(requests["first_samples"]) == 1
     assert requests["loud"]
+    for name, count in (("in_a_row", 3), ("at_once", speech.AT_ONCE)):
+        assert [requests["compared"][name][part]["same"] for part in PARTS] == [count] * 3
+
+
+def test_where_requests_begin_to_differ_is_told() -> None:
+    one, other = np.arange(12.0).reshape(6, 2), np.arange(12.0).reshape(6, 2)
+    other[4, 1] += 0.25
+    assert speech.compare("flow", [(one, one), (one, other)]) == {
+        "same": 1, "first": 4, "largest": 0.25, "of": 2, "what": "frames"
+    }  # fmt: skip
+    shorter = speech.compare("lm", [(one[:3, 0], one[:, 0])])
+    assert (shorter["same"], shorter["first"], shorter["largest"]) == (0, 3, 0.0)
+    assert speech.compare("vocoder", [(one[:0], one[:0])])["same"] == 0
 
 
 def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_hop(random: Random) -> None:
