@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...pipelines.engine import Engine
-from ...pipelines.speech import PARTS, Part, Speech
+from ...pipelines.speech import PARTS, PATIENT, PRIORITIES, Part, Speech
 from .asr import device_name, noting
 from .common import RESULTS, told, write_result
 from .load import bisect
@@ -240,6 +240,9 @@ def main(arguments: Sequence[str]) -> None:
         tuple(options.prefill),
         tuple(options.frames),
         rows,
+        options.early,
+        tuple(options.patient),
+        dict(zip(PARTS, options.priorities, strict=True)),
     )
     numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "shapes": [], "failures": []}
 
@@ -342,6 +345,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--hops", nargs="+", type=int, default=[25, 75, 100], help="tokens of the flow's hops")
+    parser.add_argument("--early", action="store_true", help="cut clips so that the first hop needs just its tokens")
+    parser.add_argument("--patient", nargs="*", choices=PARTS, default=list(PATIENT), help="whose steps wait")
+    parser.add_argument(
+        "--priorities", nargs=len(PARTS), type=int, default=list(PRIORITIES.values()), metavar=PARTS,
+        help="of the streams, 0 to 2",
+    )  # fmt: skip
     parser.add_argument("--left", type=int, default=150, help="mel frames that the flow looks back behind the clip")
     parser.add_argument("--kept", choices=("bfloat16", "float8_e4m3fn"), help="of the flow's keys and values")
     parser.add_argument("--bursts", nargs="*", type=int, default=[32], help="tokens drawn by a step")

@@ -38,10 +38,10 @@ class Streams:
         self._commands = torch.cuda.Stream(device)
         torch.cuda.set_stream(self._commands)
 
-    def graphs(self, name: str) -> Graphs:
-        """What is captured for a stream, which is made where it is new."""
+    def graphs(self, name: str, priority: int = 0) -> Graphs:
+        """What is captured for a stream, which is made, with this priority, where it is new."""
         if name not in self._graphs:
-            self._graphs[name] = Graphs(self.device)
+            self._graphs[name] = Graphs(self.device, priority)
         return self._graphs[name]
 
     @contextmanager
@@ -60,9 +60,9 @@ class Streams:
 class Graphs:
     """A stream and the memory pool of all graphs that are captured for it. As a context: on the stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = torch.cuda.Stream(device, priority=-1 - priority)  # the lower the sooner; 0 is everybody else's
         self.pool = torch.cuda.graph_pool_handle()
         self._entered: list[AbstractContextManager[object]] = []
 

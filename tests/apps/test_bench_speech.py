@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,26 @@ def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_h
     first = next(len(samples) for samples in one.samples if len(samples))
     # Five tokens, with the clip's whole last chunk in front, less what the vocoder runs behind.
     assert first == 10 * 480 - random.vocoder.delay > 0
+
+
+def test_clips_that_begin_later_are_heard_earlier() -> None:
+    settings = replace(
+        SETTINGS, hops=(3, 5, 10, 20), early=True, patient=(), priorities={"lm": 2, "flow": 0, "vocoder": 1}
+    )
+    early = Random(SHAPES["tiny"], settings, torch.device("cpu"), torch.float32)
+
+    async def one(engine: Engine) -> Said:
+        (places,) = await open_places(engine, NAME, 1)
+        return await say(Speech.of(engine, NAME), places, text_of(early.shape.words, 1), 1, keep=True)
+
+    with Engine("cpu") as engine:
+        speech = early.install(engine, 1)
+        said = asyncio.run(one(engine))
+    # Of the clip's 15 tokens 12 are left, one chunk of them shared: seven and three end with a chunk.
+    assert len(speech.reader.voices["voice 0"].flow.rest) == 7
+    assert said.made == 24000 * early.seconds
+    assert len(said.drawn[0]) == 2 * (7 + 3)
+    assert (said.written[0].shape, sum(token >= 0 for token in said.written[1])) == ((1,), 5)  # with the lookahead, six
 
 
 def test_playback_that_waits_is_an_underrun() -> None:

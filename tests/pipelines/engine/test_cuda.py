@@ -13,6 +13,7 @@ from toy_models import WIDTH, Breaks, Chain, Solver, Toy
 
 from antiphon.models.streaming import Specs, State, StreamingModel, TensorSpec
 from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
+from antiphon.pipelines.engine.scheduler import MAIN
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +73,15 @@ def test_alone_equals_together_in_one_bucket() -> None:
     for session in (0, 5):
         alone = play([session])[0]
         assert all(torch.equal(a, b) for a, b in zip(alone, together[session], strict=True))
+
+
+def test_streams_have_the_priority_that_their_first_model_asks_for() -> None:
+    with Engine("cuda") as engine:
+        engine.add("toy", Toy(), slots=4, variants=(1,), stream="soon", priority=2)
+        engine.add("other", Toy(), slots=4, variants=(1,))
+        streams = engine._core._device_streams
+        assert streams is not None
+        assert streams.graphs("soon").stream.priority < streams.graphs(MAIN).stream.priority < 0
 
 
 class Sounds(StreamingModel):

@@ -192,3 +192,8 @@ def test_what_lands_while_the_thread_looks_waits_for_the_batch_before_it() -> No
     flights = [(Batch(of, [], 4, (0.0, 0)), Late(looks)) for of, looks in ((left, 1), (left, 0), (right, 0))]
     assert _arrived(flights) == [flights[2]]
     assert _arrived(flights[:2]) == flights[:2]
+
+
+def test_priorities_of_streams_have_a_range() -> None:
+    with Engine(inline=True) as engine, pytest.raises(ValueError, match="priority is 3; it goes from 0 to 2"):
+        engine.add("null", Null(), slots=1, priority=3)
