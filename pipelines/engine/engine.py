@@ -98,7 +98,8 @@ class Engine:
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
-        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream.
+        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream, as
+        long as their own is not busy.
         stream: models of different streams run at the same time, of one stream one after another. Steps that leave
         most of a device idle, waiting for memory or launches, gain from others beside them.
         priority: of the stream, as the first model on it asks, 0 to 2: where a device is full, kernels of higher ones

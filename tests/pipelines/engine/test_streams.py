@@ -64,6 +64,21 @@ def test_the_patient_wait_while_something_urgent_runs_elsewhere_as_long_as_they_
     assert batch_of(scheduler.next(0.18, {"b"})).works[0].lease == "z"  # between two slices nothing runs
 
 
+def test_the_patient_do_not_wait_once_their_stream_is_busy() -> None:
+    scheduler = Scheduler()
+    first, later = scheduler.add(lane("first", "a", slices=2)), scheduler.add(lane("later", "b", patient=True))
+    scheduler.submit(Work(later, "before", 0.2, 0.0))
+    before = batch_of(scheduler.next(0.0))
+    scheduler.submit(Work(first, "x", 0.03, 0.0))
+    batch_of(scheduler.next(0.0, {"a"}))
+    scheduler.done(before, 0.0, 0.4)
+    assert scheduler.load(0.0, "b") > 0.75
+    scheduler.submit(Work(later, "y", 0.5, 0.0))
+    assert batch_of(scheduler.next(0.0, {"b"})).works[0].lease == "y"
+    scheduler.submit(Work(later, "z", 0.5, 0.0))
+    assert scheduler.next(0.2, {"b"}) == pytest.approx(0.46)  # it is not any more
+
+
 def timed(streams: tuple[str, str], slowdown: float = 1.0) -> list[float]:
     """When a solver (four slices of 10 ms) and a chain (six turns of 10 ms) were done, begun together."""
 
