@@ -7,7 +7,7 @@ them wait for memory and launches most of their time.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -32,6 +32,8 @@ Part = Literal["lm", "flow", "vocoder"]
 PARTS: tuple[Part, ...] = ("lm", "flow", "vocoder")
 TICKS: Mapping[Part, float] = {"lm": 0.0, "flow": 0.005, "vocoder": 0.005}  # seconds between two starts of a model
 BUDGETS: Mapping[Part, float] = {"lm": 0.2, "flow": 0.6, "vocoder": 0.6}  # seconds; half may be spent waiting
+PATIENT: tuple[Part, ...] = ("lm",)  # whose steps wait where they can, see ``Engine.add``
+PRIORITIES: Mapping[Part, int] = {"lm": 0, "flow": 0, "vocoder": 0}  # of the streams
 MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
 
 
@@ -154,19 +156,25 @@ class Speech:
         *,
         slots: int,
         buckets: Mapping[Part, Sequence[int]] | None = None,
+        patient: Container[Part] = PATIENT,
+        priorities: Mapping[Part, int] = PRIORITIES,
         **options: Any,
     ) -> None:
         """Add the models to an engine, as ``name.lm``, ``name.flow`` and ``name.vocoder``. Blocks.
 
         slots: sessions. buckets: batch sizes of each; by default powers of two, the flow's and the vocoder's few, so
         that nobody waits long for a step of others, and one of a model that computes row by row. A lone slot has no
-        neighbours to sound the same beside: its batches are of one. options: as of ``Engine.add``.
+        neighbours to sound the same beside: its batches are of one. patient: parts whose steps wait where they can.
+        priorities: of the parts' streams. options: as of ``Engine.add``.
         """
         for part, model in self.parts.items():
             most = MOST[part] if slots > 1 and getattr(model, "batched", True) else 1
             sizes = buckets[part] if buckets else default_buckets(min(most, max(slots, EXACT_ROWS)))
-            settings = {"tick": TICKS[part], "budget": BUDGETS[part], "stream": part, "patient": part == "lm"} | options
-            engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **settings)
+            settings: dict[str, Any] = {
+                "tick": TICKS[part], "budget": BUDGETS[part], "stream": part, "priority": priorities[part],
+                "patient": part in patient,
+            }  # fmt: skip
+            engine.add(f"{name}.{part}", model, slots=slots, buckets=sizes, **settings | options)
 
     def register(self, engine: Engine, name: str, voice: Voice) -> None:
         """Make a voice known under a name, in the engine's thread, where the models must be by now. Blocks.

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...pipelines.engine import Engine
-from ...pipelines.speech import PARTS, Part, Speech
+from ...pipelines.speech import PARTS, PATIENT, PRIORITIES, Part, Speech
 from .asr import device_name, noting
 from .common import RESULTS, told, write_result
 from .load import bisect
@@ -165,8 +165,14 @@ def bench_requests(random: Random) -> dict[str, Any]:
         random.install(engine, AT_ONCE, rows=powers(AT_ONCE)[-1])
         alone, row, crowd = asyncio.run(requests(engine))
 
-    def same(said: Said, other: Said) -> bool:
-        return said.made == other.made > 0 and np.array_equal(said.sound(), other.sound())
+    pairs = {
+        "in_a_row": [(said, alone[0]) for said in row],
+        "at_once": [(said, alone[number % VOICES]) for number, said in enumerate(crowd)],
+    }
+    compared = {
+        name: {part: compare(part, [(one.made_by(part), other.made_by(part)) for one, other in both]) for part in PARTS}
+        for name, both in pairs.items()
+    }
 
     def hop(said: Said) -> int:
         return next(len(samples) for samples in said.samples if len(samples))
@@ -174,12 +180,30 @@ def bench_requests(random: Random) -> dict[str, Any]:
     return {
         "first_samples": sorted({hop(said) for said in (*alone, *row, *crowd)}),
         "loud": bool(all(float(np.abs(said.sound()).max()) > 0 for said in alone)),
-        "same_sound_in_a_row": sum(same(said, alone[0]) for said in row),
-        "same_sound_at_once": sum(same(said, alone[number % VOICES]) for number, said in enumerate(crowd)),
+        "same_sound_in_a_row": compared["in_a_row"]["vocoder"]["same"],
+        "same_sound_at_once": compared["at_once"]["vocoder"]["same"],
+        "compared": compared,
         "alone_ms": [round(said.first * 1e3, 2) for said in alone],
         "in_a_row_ms": [round(said.first * 1e3, 2) for said in row],
         "at_once_ms": _times([said.first for said in crowd]),
     }
+
+
+def compare(part: Part, pairs: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]) -> dict[str, Any]:
+    """How many pairs of a part's tokens, frames or samples are the same to the bit. Of the others, the first token, row
+    of frames or sample that differs in any, and by how much any differs at most."""
+    found: dict[str, Any] = {"same": 0}
+    for one, other in pairs:
+        if one.size and one.shape == other.shape and np.array_equal(one, other):
+            found["same"] += 1
+            continue
+        size = min(len(one), len(other))
+        apart = np.abs(one[:size].astype(np.float64) - other[:size])
+        differs = (apart > 0).any(axis=tuple(range(1, apart.ndim)))
+        first = int(differs.argmax()) if differs.any() else size
+        found["first"] = min(first, found.get("first", first))
+        found["largest"] = max(float(apart.max(initial=0.0)), found.get("largest", 0.0))
+    return {**found, "of": len(pairs), "what": {"lm": "tokens", "flow": "frames", "vocoder": "samples"}[part]}
 
 
 def room(random: Random, reserve: float) -> int:
@@ -216,6 +240,9 @@ def main(arguments: Sequence[str]) -> None:
         tuple(options.prefill),
         tuple(options.frames),
         rows,
+        options.early,
+        tuple(options.patient),
+        dict(zip(PARTS, options.priorities, strict=True)),
     )
     numbers: dict[str, Any] = {"device": device_name(device), "dtype": str(dtype), "shapes": [], "failures": []}
 
@@ -318,6 +345,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--hops", nargs="+", type=int, default=[25, 75, 100], help="tokens of the flow's hops")
+    parser.add_argument("--early", action="store_true", help="cut clips so that the first hop needs just its tokens")
+    parser.add_argument("--patient", nargs="*", choices=PARTS, default=list(PATIENT), help="whose steps wait")
+    parser.add_argument(
+        "--priorities", nargs=len(PARTS), type=int, default=list(PRIORITIES.values()), metavar=PARTS,
+        help="of the streams, 0 to 2",
+    )  # fmt: skip
     parser.add_argument("--left", type=int, default=150, help="mel frames that the flow looks back behind the clip")
     parser.add_argument("--kept", choices=("bfloat16", "float8_e4m3fn"), help="of the flow's keys and values")
     parser.add_argument("--bursts", nargs="*", type=int, default=[32], help="tokens drawn by a step")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...pipelines.engine import Engine
+from ...pipelines.engine import Engine, Row
 from ...pipelines.speech import PARTS, Part, Speech
 from ...pipelines.synthesis import Step, Synthesis
 from ...pipelines.synthesizer import Places
@@ -37,6 +37,8 @@ class Said:
     due: float
     rate: int
     samples: list[np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=list)
+    written: list[np.ndarray[Any, Any]] = field(default_factory=list)  # tokens, as they were kept
+    drawn: list[np.ndarray[Any, Any]] = field(default_factory=list)  # frames
     done: dict[Part, float] = field(default_factory=dict)  # first hop: tokens written, frames drawn, sound made
     made: int = 0
     late: float = 0.0  # seconds that playback, begun at first audio, had to wait at most
@@ -61,9 +63,20 @@ class Said:
         """Seconds of sound made and not played."""
         return max(0.0, self.done["vocoder"] + self.made / self.rate - now) if self.made else 0.0
 
+    def keep(self, part: Part, made: Row) -> None:
+        """What a step made."""
+        if part == "lm":
+            self.written.append(made["drawn" if "drawn" in made else "token"].reshape(-1).numpy())
+        elif part == "flow":
+            self.drawn.append(made["mel"].numpy())
+
     def sound(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """All of it."""
         return np.concatenate(self.samples)
+
+    def made_by(self, part: Part) -> np.ndarray[Any, Any]:
+        """All that was kept of a part: tokens, frames or samples."""
+        return np.concatenate({"lm": self.written, "flow": self.drawn, "vocoder": self.samples}[part])
 
 
 def text_of(words: int, seed: int) -> str:
@@ -74,7 +87,7 @@ def text_of(words: int, seed: int) -> str:
 async def say(
     speech: Speech, places: Places, text: str, seed: int, *, due: float | None = None, keep: bool = False
 ) -> Said:
-    """Speak one utterance. due: on the event loop's clock, now by default. keep: its sound."""
+    """Speak one utterance. due: on the event loop's clock, now by default. keep: its tokens, frames and sound."""
     clock = asyncio.get_running_loop().time
     said = Said(clock() if due is None else due, speech.rate)
     voices = list(speech.reader.voices)
@@ -102,6 +115,8 @@ async def say(
             for future in done:
                 step = flying.pop(future)
                 synthesis.take(step, future.result())
+                if keep:
+                    said.keep(step.part, future.result())
                 if step.part == "flow":
                     said.done.setdefault("flow", clock())
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...models.cosyvoice.lm import SpeechLM
 from ...models.cosyvoice.lm_config import LMConfig
 from ...models.cosyvoice.voice import Voice
 from ...pipelines.engine import Engine
-from ...pipelines.speech import PARTS, Part, Reader, Speech
+from ...pipelines.speech import PARTS, PATIENT, PRIORITIES, Part, Reader, Speech
 from .speech_load import text_of
 
 NAME = "speak"  # of the models in the engine
@@ -60,6 +60,7 @@ class Settings:
     hops: tokens of the flow's hops, in their order. left: mel frames that it looks back behind the voice's clip.
     kept: dtype of its keys and values, None for the weights'.
     bursts, prefill: of the language model. frames: of the vocoder's steps. rows: of the largest batch of a part.
+    early: see ``FlowLimits``. patient, priorities: see ``Speech.install``.
     """
 
     hops: tuple[int, ...]
@@ -69,6 +70,9 @@ class Settings:
     prefill: tuple[int, ...]
     frames: tuple[int, ...]
     rows: dict[Part, int]
+    early: bool = False
+    patient: tuple[Part, ...] = PATIENT
+    priorities: Mapping[Part, int] = field(default_factory=lambda: dict(PRIORITIES))
 
 
 class Words:
@@ -118,13 +122,15 @@ class Random:
         kept = getattr(torch, self.settings.kept) if self.settings.kept else None
         return FlowLimits(
             hops, self.settings.left, rolling=True, voices=VOICES, prompt=self.shape.prompt, kept=kept,
-            schedule=self.settings.hops,
+            schedule=self.settings.hops, early=self.settings.early,
         )  # fmt: skip
 
     @property
     def _rest(self) -> tuple[int, ...]:
         """The first hop with what of the clip comes before it."""
         flow, prompt = self.shape.flow, self.shape.prompt
+        if self.settings.early:
+            prompt -= flow.late(prompt, self.settings.hops[0])
         shared = flow.shared(prompt)
         end = -(-(prompt + self.settings.hops[0]) // flow.chunk) * flow.chunk
         return (end - shared,)
@@ -138,7 +144,10 @@ class Random:
         """The models in an engine, with voices. rows: of the only batch size there is, by default powers of two."""
         speech = self.speech()
         buckets = {part: (rows,) if rows else powers(min(slots, self.settings.rows[part])) for part in PARTS}
-        speech.install(engine, NAME, slots=slots, buckets=buckets, exact=False)
+        speech.install(
+            engine, NAME, slots=slots, buckets=buckets, patient=self.settings.patient,
+            priorities=self.settings.priorities, exact=False,
+        )  # fmt: skip
         for number in range(VOICES):
             speech.register(engine, f"voice {number}", self.voice(number))
         return speech

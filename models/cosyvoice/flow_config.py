@@ -54,6 +54,12 @@ class FlowConfig:
         """Tokens of a prompt whose frames are the same whatever is said after it: whole chunks with lookahead."""
         return max(0, prompt - self.lookahead) // self.chunk * self.chunk
 
+    def late(self, prompt: int, first: int) -> int:
+        """Tokens by which ``first`` tokens after a prompt's miss the chunk before: those that it can begin later, for
+        them to end with a chunk. 0 where less than a chunk would be left of it."""
+        late = (prompt + first) % self.chunk
+        return late if prompt - late >= self.chunk else 0
+
 
 @dataclass(frozen=True)
 class FlowLimits:
@@ -67,6 +73,8 @@ class FlowLimits:
     so that a frame sees the prompt and ``left`` frames before its chunk, for ever.
     voices, prompt: how many voices may be registered, and the longest prompt of one in tokens.
     kept: dtype of cached keys and values, None for the weights'.
+    early: cut less than a chunk off the beginning of a voice's clip, so that an utterance's first hop ends with a chunk
+    after just the tokens that the schedule gives it. Otherwise it may take nearly a chunk more.
     """
 
     hops: tuple[int, ...] = (25, 50, 100)
@@ -76,6 +84,7 @@ class FlowLimits:
     prompt: int = 250
     kept: torch.dtype | None = None
     schedule: tuple[int, ...] = ()
+    early: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "left", "voices", "prompt")
@@ -83,6 +92,11 @@ class FlowLimits:
             raise ValueError(f"left must be whole tokens of {RATE} frames, got {self.left} frames")
         if not self.hops or min(self.hops) < 1 or len(set(self.hops)) != len(self.hops):
             raise ValueError(f"hops must be distinct token counts of at least 1, got {self.hops}")
+
+    @property
+    def first(self) -> int:
+        """Tokens of an utterance's first hop, at least."""
+        return (self.schedule or tuple(sorted(self.hops)))[0]
 
     @property
     def longest(self) -> int:

@@ -178,10 +178,11 @@ class Core:
         exact: bool,
         measure: bool,
         stream: str,
+        priority: int,
         patient: bool,
     ) -> None:
         """Allocate, prepare and measure a model."""
-        store, runner = self._host(name, model, slots, stream)
+        store, runner = self._host(name, model, slots, stream, priority)
         hosted = Hosted(model, store, runner, {}, {})
         measured: dict[Lane, LaneMetrics] = {}
         for variant in variants:
@@ -236,12 +237,14 @@ class Core:
 
     # ---------------------------------------------------------------- inside
 
-    def _host(self, name: str, model: StreamingModel, slots: int, stream: str) -> tuple[SlotStore, Runner]:
+    def _host(
+        self, name: str, model: StreamingModel, slots: int, stream: str, priority: int
+    ) -> tuple[SlotStore, Runner]:
         """Slots for a model and what steps it."""
         if self._device_streams is None:
             store = SlotStore(model, slots, self.device, name=name)
             return store, CpuRunner(model, store, self.now)
-        graphs = self._device_streams.graphs(stream)
+        graphs = self._device_streams.graphs(stream, priority)
         with graphs:
             store = SlotStore(model, slots, self.device, name=name, on=graphs)
         return store, graphs.runner(model, store)

@@ -4,8 +4,9 @@ Inputs go from pinned staging to static device buffers, the graph runs over them
 buffers with an event, all on the model's stream. Two batches of a stream may be in flight: the host fills the next
 while the device runs. All graphs of a stream share one memory pool. That is safe because they run one after another and
 each graph's outputs are copied out before the next graph can reuse the memory; streams, which run at the same time,
-share none. What a graph reads is kept for as long as the graph: making a model ready that shares parts with it replaces
-what was made of them.
+share none. While a model is made ready cuDNN may choose among deterministic algorithms only: the same inputs give the
+same bits whenever its graphs run (cuBLAS has a workspace for each stream, and gives them anyway). What a graph reads is
+kept for as long as the graph: making a model ready that shares parts with it replaces what was made of them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class Streams:
         self._commands = torch.cuda.Stream(device)
         torch.cuda.set_stream(self._commands)
 
-    def graphs(self, name: str) -> Graphs:
-        """What is captured for a stream, which is made where it is new."""
+    def graphs(self, name: str, priority: int = 0) -> Graphs:
+        """What is captured for a stream, which is made, with this priority, where it is new."""
         if name not in self._graphs:
-            self._graphs[name] = Graphs(self.device)
+            self._graphs[name] = Graphs(self.device, priority)
         return self._graphs[name]
 
     @contextmanager
@@ -59,9 +60,9 @@ class Streams:
 class Graphs:
     """A stream and the memory pool of all graphs that are captured for it. As a context: on the stream."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = torch.cuda.Stream(device, priority=-1 - priority)  # the lower the sooner; 0 is everybody else's
         self.pool = torch.cuda.graph_pool_handle()
         self._entered: list[AbstractContextManager[object]] = []
 
@@ -163,7 +164,7 @@ class CudaRunner:
         stagings = [Staging(specs, max(buckets), self._store.scratch, pinned=True) for _ in range(self.depth)]
         slices = slice_count(self._model, variant)
         landings, turning = [_Landing(staging) for staging in stagings], turn_count(self._model, variant) > 1
-        with self._graphs:
+        with self._graphs, deterministic():
             lane = _Lane(landings, self._graphs.device, slices, turning=turning)
             for bucket in sorted(buckets, reverse=True):
                 lane.captures[bucket] = [self._capture(lane, bucket, index) for index in range(slices)]
@@ -239,6 +240,18 @@ class CudaRunner:
         if lane.slices == 1:
             return self._model.step(*arguments)
         return cast(Sliced, self._model).step_slice(index, *arguments)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Convolutions by algorithms that give the same bits each time, and not by the fastest of a race."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def held(model: nn.Module) -> list[Tensor]:

@@ -9,7 +9,7 @@ import asyncio
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
@@ -103,7 +103,7 @@ class ThreadDriver:
         while not self._stopping:
             while items:
                 core.take(items.popleft())
-            for landed in [each for each in flights if each[1].ready()]:
+            for landed in _arrived(flights):
                 flights.remove(landed)
                 core.land(*landed)
             flying = Counter(batch.lane.stream for batch, _ in flights)
@@ -129,6 +129,20 @@ class ThreadDriver:
         if not self._items and not self._stopping:
             self._wake.wait(None if until is None else max(0.0, until - self._core.now()))
         self._sleeps_until = -math.inf
+
+
+def _arrived(flights: Iterable[tuple[Batch, Flight]]) -> list[tuple[Batch, Flight]]:
+    """Those that have landed, of each stream in the order of their starts: one that lands while this looks waits for
+    the one before it, whose buffers are the next to be used again."""
+    flying: set[str] = set()
+    found: list[tuple[Batch, Flight]] = []
+    for batch, flight in flights:
+        stream = batch.lane.stream
+        if stream not in flying and flight.ready():
+            found.append((batch, flight))
+        else:
+            flying.add(stream)
+    return found
 
 
 class InlineDriver:

@@ -31,6 +31,7 @@ from .scheduler import EDF_TICKS_SLICES, MAIN, Barrier, Lane, Policy, Work
 
 T = TypeVar("T")
 
+HIGHEST_PRIORITY = 2  # of a stream
 LARGEST_BUCKET = 256
 BETWEEN = (48, 80, 96, 112, 160, 192, 224)  # batch sizes beside the powers of two
 
@@ -86,6 +87,7 @@ class Engine:
         tick: float | None = None,
         measure: bool = True,
         stream: str = MAIN,
+        priority: int = 0,
         patient: bool = False,
     ) -> None:
         """Allocate slots for a model, prepare its buckets (on CUDA capture their graphs) and measure its steps. Blocks.
@@ -96,22 +98,27 @@ class Engine:
         exact: use only buckets that a probe finds to give bit-equal rows; default on the CPU.
         tick: shortest seconds between two starts of a variant; default a quarter of the budget, at most 20 ms.
         measure: False where nothing is to be refused for want of time: the steps are not measured beforehand.
-        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream.
+        patient: steps that can wait do so while something urgent, which they would slow, runs on another stream, as
+        long as their own is not busy.
         stream: models of different streams run at the same time, of one stream one after another. Steps that leave
         most of a device idle, waiting for memory or launches, gain from others beside them.
+        priority: of the stream, as the first model on it asks, 0 to 2: where a device is full, kernels of higher ones
+        start first. For streams of many short kernels beside others of long ones.
         """
         if name in self._core.hosted:
             raise ValueError(f"a model named {name!r} was added before; choose another name")
         chosen = tuple(model.variants if variants is None else variants)
         if unknown := [variant for variant in chosen if variant not in model.variants]:
             raise ValueError(f"model {name!r} has no variant {unknown[0]!r}; it has {list(model.variants)}")
+        if not 0 <= priority <= HIGHEST_PRIORITY:
+            raise ValueError(f"priority is {priority}; it goes from 0 to {HIGHEST_PRIORITY}")
         sizes = tuple(sorted(set(buckets))) if buckets is not None else default_buckets(max(slots, EXACT_ROWS))
         exact = self.device.type == "cpu" if exact is None else exact
         model.to(self.device).eval()
         model.prepare()
         host = partial(
             self._core.add, name, model, slots, chosen, sizes, budget=budget, tick=tick, exact=exact,
-            measure=measure, stream=stream, patient=patient,
+            measure=measure, stream=stream, priority=priority, patient=patient,
         )  # fmt: skip
         self.ask_sync(host)
 

@@ -108,7 +108,8 @@ class Lane:
     period: media seconds of one step. budget: seconds from arrival to deadline. buckets: batch sizes, ascending.
     slices: parts the step comes in. tick: shortest seconds between two starts; default a quarter of the budget, at most
     20 ms. turns: most turns of a step. stream: what its batches run on, one after another. patient: works that can wait
-    (until half a budget before their deadline) do so while something that cannot runs on another stream.
+    (until half a budget before their deadline) do so while something that cannot runs on another stream, unless their
+    own is busy.
     """
 
     model: str
@@ -226,7 +227,7 @@ class Scheduler:
                 key = head[:2]
             else:
                 continue
-            if lane.patient and now < (start := key[0] - lane.budget / 2) and self._urgent_beside(lane):
+            if lane.patient and now < (start := key[0] - lane.budget / 2) and self._gives_way(lane, now):
                 wake = start if wake is None else min(wake, start)
                 continue
             if chosen is None or key < urgency:
@@ -309,9 +310,12 @@ class Scheduler:
         stretch = min(1.0, max(0.0, (self.load(now, lane.stream) - RELAXED) / (BUSY - RELAXED)))
         return lane.tick + stretch * (max(lane.tick, lane.budget / 2) - lane.tick)
 
-    def _urgent_beside(self, lane: Lane) -> bool:
-        """Whether something urgent is under way on another stream."""
-        return any(any(urgent) for stream, urgent in self._flying.items() if stream != lane.stream)
+    def _gives_way(self, lane: Lane, now: float) -> bool:
+        """Whether something urgent is under way on another stream, and the lane's own is not busy: under load something
+        urgent always is, and who waited for it would only be late."""
+        return self.load(now, lane.stream) < BUSY and any(
+            any(urgent) for stream, urgent in self._flying.items() if stream != lane.stream
+        )
 
     def _ends(self, batch: Batch, row: int, failed: bool) -> bool:
         """Whether a work ends with its turn in ``batch``."""

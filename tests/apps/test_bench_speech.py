@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_requests_sound_alike_in_a_row_and_at_once_in_short_floats(tmp_path: Pat
     assert (requests["same_sound_in_a_row"], requests["same_sound_at_once"]) == (3, speech.AT_ONCE)
     assert len(requests["first_samples"]) == 1
     assert requests["loud"]
+    for name, count in (("in_a_row", 3), ("at_once", speech.AT_ONCE)):
+        assert [requests["compared"][name][part]["same"] for part in PARTS] == [count] * 3
+
+
+def test_where_requests_begin_to_differ_is_told() -> None:
+    one, other = np.arange(12.0).reshape(6, 2), np.arange(12.0).reshape(6, 2)
+    other[4, 1] += 0.25
+    assert speech.compare("flow", [(one, one), (one, other)]) == {
+        "same": 1, "first": 4, "largest": 0.25, "of": 2, "what": "frames"
+    }  # fmt: skip
+    shorter = speech.compare("lm", [(one[:3, 0], one[:, 0])])
+    assert (shorter["same"], shorter["first"], shorter["largest"]) == (0, 3, 0.0)
+    assert speech.compare("vocoder", [(one[:0], one[:0])])["same"] == 0
 
 
 def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_hop(random: Random) -> None:
@@ -106,6 +120,26 @@ def test_an_utterance_is_as_long_as_it_is_said_to_be_and_begins_with_the_first_h
     first = next(len(samples) for samples in one.samples if len(samples))
     # Five tokens, with the clip's whole last chunk in front, less what the vocoder runs behind.
     assert first == 10 * 480 - random.vocoder.delay > 0
+
+
+def test_clips_that_begin_later_are_heard_earlier() -> None:
+    settings = replace(
+        SETTINGS, hops=(3, 5, 10, 20), early=True, patient=(), priorities={"lm": 2, "flow": 0, "vocoder": 1}
+    )
+    early = Random(SHAPES["tiny"], settings, torch.device("cpu"), torch.float32)
+
+    async def one(engine: Engine) -> Said:
+        (places,) = await open_places(engine, NAME, 1)
+        return await say(Speech.of(engine, NAME), places, text_of(early.shape.words, 1), 1, keep=True)
+
+    with Engine("cpu") as engine:
+        speech = early.install(engine, 1)
+        said = asyncio.run(one(engine))
+    # Of the clip's 15 tokens 12 are left, one chunk of them shared: seven and three end with a chunk.
+    assert len(speech.reader.voices["voice 0"].flow.rest) == 7
+    assert said.made == 24000 * early.seconds
+    assert len(said.drawn[0]) == 2 * (7 + 3)
+    assert (said.written[0].shape, sum(token >= 0 for token in said.written[1])) == ((1,), 5)  # with the lookahead, six
 
 
 def test_playback_that_waits_is_an_underrun() -> None:

@@ -128,6 +128,24 @@ def starts(voice: FlowVoice, steps: Sequence[Hop]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(counts, initial=voice.shared))[:-1]
 
 
+@pytest.mark.parametrize(("prompt", "late"), [(0, 0), (7, 0), (8, 1), (18, 1), (20, 3), (22, 0)])
+def test_an_early_first_hop_is_that_of_a_clip_which_begins_later(prompt: int, late: int) -> None:
+    schedule, speech = (3, 10), Speech.of(prompt, 30)
+    limits = replace(LIMITS, hops=(5, 10, 20), schedule=schedule, early=True)
+    model, plain = streaming(limits), streaming()
+    cut = Speech(speech.prompt[late:], speech.tokens, speech.mel[RATE * late :], speech.embedding)
+    voice, other = add(model, speech), add(plain, cut)
+    assert voice == other
+    if prompt:
+        first = Hops(voice, model.config, limits, schedule)
+        assert first.wanted == 3 + model.config.lookahead
+    (ours, theirs) = (
+        [step(one, state, [hop], [0])[0] for hop in plan(one, known, speech, schedule, True)]
+        for one, known, state in ((model, voice, slots(model, 1)), (plain, other, slots(plain, 1)))
+    )
+    assert torch.equal(torch.cat(ours), torch.cat(theirs))
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
 @pytest.mark.parametrize("schedule", [(5,), (5, 10, 20)], ids=str)
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toy_models import WIDTH, Breaks, Chain, Solver, Toy
 
+from antiphon.models.streaming import Specs, State, StreamingModel, TensorSpec
 from antiphon.pipelines.engine import Engine, SlotStore, StepFailed
+from antiphon.pipelines.engine.scheduler import MAIN
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +73,50 @@ def test_alone_equals_together_in_one_bucket() -> None:
     for session in (0, 5):
         alone = play([session])[0]
         assert all(torch.equal(a, b) for a, b in zip(alone, together[session], strict=True))
+
+
+def test_streams_have_the_priority_that_their_first_model_asks_for() -> None:
+    with Engine("cuda") as engine:
+        engine.add("toy", Toy(), slots=4, variants=(1,), stream="soon", priority=2)
+        engine.add("other", Toy(), slots=4, variants=(1,))
+        streams = engine._core._device_streams
+        assert streams is not None
+        assert streams.graphs("soon").stream.priority < streams.graphs(MAIN).stream.priority < 0
+
+
+class Sounds(StreamingModel):
+    """A vocoder's upsampling: torch's own choice of algorithm for it may add up in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ConvTranspose1d(256, 128, 16, 8)
+        self.conv = nn.Conv1d(128, 128, 11)
+
+    variants = (1,)
+
+    def tick(self, variant: Hashable) -> float:
+        return 0.08
+
+    def state_spec(self) -> Specs:
+        return {"sounds.seen": TensorSpec((), torch.int64)}
+
+    def input_spec(self, variant: Hashable) -> Specs:
+        return {"x": TensorSpec((256, 50))}
+
+    def step(self, inputs: State, state: State, slots: Tensor, active: Tensor) -> dict[str, Tensor]:
+        return {"y": self.conv(self.up(inputs["x"])).mean(2)}
+
+
+def test_convolutions_give_the_same_bits_every_time() -> None:
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    x = np.random.default_rng(0).standard_normal((256, 50)).astype(np.float32)
+    with Engine("cuda") as engine:
+        engine.add("sounds", Sounds(), slots=8, buckets=(8,))
+        lease = engine.open_sync("sounds")
+        made = [lease.step_sync({"x": x})["y"] for _ in range(20)]
+    assert all(torch.equal(one, made[0]) for one in made)
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == before
 
 
 def test_buckets_agree_closely_and_snapshots_move() -> None:

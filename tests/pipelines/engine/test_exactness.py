@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from toy_models import WIDTH, Solver, Toy
 
 from antiphon.pipelines.engine import Engine, Lease, Row, probe_exact_buckets
+from antiphon.pipelines.engine.cuda import deterministic
 from antiphon.pipelines.engine.runner import Rows, Staging
 
 SESSIONS, CHUNKS = 8, 30
@@ -285,3 +286,11 @@ def test_staging_pads_with_reset_values() -> None:
     assert active.tolist() == [True, True, False, False]
     assert inputs["gain"].tolist() == [0.0, 1.0, 1.0, 1.0]
     assert inputs["frames"][:, 0, 0].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_what_is_chosen_while_a_model_is_made_ready_is_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    with deterministic():
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)

@@ -7,11 +7,13 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from toy_models import Breaks, Chain, Null, Solver
 
 from antiphon.pipelines.clock import VirtualClock, run_virtual
 from antiphon.pipelines.engine import AtCapacity, Batch, Engine, Lane, Scheduler, Stale, StepFailed, Work
 from antiphon.pipelines.engine.core import Core
+from antiphon.pipelines.engine.drive import _arrived
 from antiphon.pipelines.engine.runner import Flight
 
 ONE = {"x": np.float32([1])}
@@ -60,6 +62,21 @@ def test_the_patient_wait_while_something_urgent_runs_elsewhere_as_long_as_they_
     assert scheduler.next(0.17, {"b"}) == pytest.approx(0.46)
     scheduler.done(urgent, 0.18, 0.18)
     assert batch_of(scheduler.next(0.18, {"b"})).works[0].lease == "z"  # between two slices nothing runs
+
+
+def test_the_patient_do_not_wait_once_their_stream_is_busy() -> None:
+    scheduler = Scheduler()
+    first, later = scheduler.add(lane("first", "a", slices=2)), scheduler.add(lane("later", "b", patient=True))
+    scheduler.submit(Work(later, "before", 0.2, 0.0))
+    before = batch_of(scheduler.next(0.0))
+    scheduler.submit(Work(first, "x", 0.03, 0.0))
+    batch_of(scheduler.next(0.0, {"a"}))
+    scheduler.done(before, 0.0, 0.4)
+    assert scheduler.load(0.0, "b") > 0.75
+    scheduler.submit(Work(later, "y", 0.5, 0.0))
+    assert batch_of(scheduler.next(0.0, {"b"})).works[0].lease == "y"
+    scheduler.submit(Work(later, "z", 0.5, 0.0))
+    assert scheduler.next(0.2, {"b"}) == pytest.approx(0.46)  # it is not any more
 
 
 def timed(streams: tuple[str, str], slowdown: float = 1.0) -> list[float]:
@@ -170,3 +187,28 @@ def test_the_thread_keeps_all_streams_busy(monkeypatch: pytest.MonkeyPatch) -> N
             assert int((await asyncio.wait_for(waiting, 10))["count"]) == 1
 
         asyncio.run(main())
+
+
+def test_what_lands_while_the_thread_looks_waits_for_the_batch_before_it() -> None:
+    class Late:
+        """Lands right after it was looked at for the first time."""
+
+        def __init__(self, looks: int) -> None:
+            self.looks = looks
+
+        def ready(self) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+        def wait(self) -> tuple[dict[str, torch.Tensor], float]:
+            raise AssertionError("not asked for here")
+
+    left, right = lane("left", "a"), lane("right", "b")
+    flights = [(Batch(of, [], 4, (0.0, 0)), Late(looks)) for of, looks in ((left, 1), (left, 0), (right, 0))]
+    assert _arrived(flights) == [flights[2]]
+    assert _arrived(flights[:2]) == flights[:2]
+
+
+def test_priorities_of_streams_have_a_range() -> None:
+    with Engine(inline=True) as engine, pytest.raises(ValueError, match="priority is 3; it goes from 0 to 2"):
+        engine.add("null", Null(), slots=1, priority=3)
