@@ -147,10 +147,12 @@ def serve(
         int | None, typer.Option(min=1, max=65535, help="Serve Home Assistant's Wyoming protocol too, usually 10300.")
     ] = None,
     speech_model: Annotated[
-        str | None, typer.Option(help="Speech model for --graph talk and /v1/audio/speech, by name or path.")
+        str | None,
+        typer.Option(help="What speaks in --graph talk and /v1/audio/speech, by name or path; else what is embedded."),
     ] = None,
     voice: Annotated[
-        list[str] | None, typer.Option(help="Its voices, as for antiphon speak; repeatable, the first is the default.")
+        list[str] | None,
+        typer.Option(help="Speak with these, as of antiphon speak; repeatable, the first is the default."),
     ] = None,
     llm_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint that --graph talk asks, such as Ollama's .../v1.")
@@ -289,7 +291,10 @@ def speak(
         Path | None, typer.Option("--output", "-o", help="File: .wav, .flac, .opus, .mp3; else it is played.")
     ] = None,
     voice: Annotated[
-        str | None, typer.Option(help="Name, a file of antiphon voice make, or a clip of 3 to 30 seconds.")
+        str | None,
+        typer.Option(
+            help="Name (heart, michael, emma of what is embedded), or a file: of antiphon voice make, or a clip."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Embedded or hub name, or a path.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another one says it another way.")] = 0,
