@@ -111,8 +111,8 @@ class StreamingFlow(StreamingModel):
         """Register a voice and make its caches; call in the thread that steps the model, after ``prepare``.
 
         tokens: of the prompt, none for a voice by embedding alone. mel: ``[2 * len(tokens), mels]``.
-        embedding: ``[speaker]``. With ``limits.early`` it may begin later. Raises ValueError for shapes that do not fit
-        and RuntimeError when all rows are taken.
+        embedding: ``[speaker]``. With ``limits.early`` less than a chunk of the prompt's beginning may be left out.
+        Raises ValueError for shapes that do not fit and RuntimeError when all rows are taken.
         """
         check_prompt(tokens, mel, embedding, self.config, self.limits)
         if self.limits.early:
