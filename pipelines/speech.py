@@ -35,6 +35,7 @@ BUDGETS: Mapping[Part, float] = {"lm": 0.2, "flow": 0.6, "vocoder": 0.6}  # seco
 PATIENT: tuple[Part, ...] = ("lm",)  # whose steps wait where they can, see ``Engine.add``
 PRIORITIES: Mapping[Part, int] = {"lm": 0, "flow": 0, "vocoder": 0}  # of the streams
 MOST: Mapping[Part, int] = {"lm": 256, "flow": 8, "vocoder": 16}  # sessions of a batch
+MOST_ON_A_CPU = 8  # which carries fewer in real time; larger batches would only take long to make ready
 
 
 class Tokenizes(Protocol):
@@ -168,7 +169,8 @@ class Speech:
         priorities: of the parts' streams. options: as of ``Engine.add``.
         """
         for part, model in self.parts.items():
-            most = MOST[part] if slots > 1 and getattr(model, "batched", True) else 1
+            most = MOST[part] if engine.device.type != "cpu" else min(MOST[part], MOST_ON_A_CPU)
+            most = most if slots > 1 and getattr(model, "batched", True) else 1
             sizes = buckets[part] if buckets else default_buckets(min(most, max(slots, EXACT_ROWS)))
             settings: dict[str, Any] = {
                 "tick": TICKS[part], "budget": BUDGETS[part], "stream": part, "priority": priorities[part],
