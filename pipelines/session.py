@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -220,11 +220,13 @@ class Session:
         if fenced and hasattr(resource, "fence"):
             self._fenced.append(resource)
 
-    async def lease(self, engine: Any, model: str, options: dict[str, Any]) -> Any:
-        """See ``Context.open``."""
+    async def lease(self, engine: Any, models: str | Sequence[str], options: dict[str, Any]) -> Any:
+        """See ``Context.open`` and ``Context.open_together``."""
         self._opening += 1
         try:
-            return await engine.open(model, **options)
+            if isinstance(models, str):
+                return await engine.open(models, **options)
+            return await engine.open_together(models, **options)
         finally:
             self._opening -= 1
             if not self._opening and self._opened is not None and not self._opened.done():

@@ -270,6 +270,10 @@ class Context:
         """A lease of a slot of the engine's ``model``, closed with the session and fenced unless lasting."""
         return self.own(await self.session.lease(self.engine, model, options))
 
+    async def open_together(self, models: Sequence[str], **options: Any) -> list[Any]:
+        """``open`` for several models of one engine: all, or none."""
+        return [self.own(lease) for lease in await self.session.lease(self.engine, models, options)]
+
     def own(self, resource: R) -> R:
         """Close ``resource`` (``aclose`` or ``close``) when the session ends, however it ends.
 

@@ -179,7 +179,7 @@ class Service:
             del self.calls[call.id]
             if isinstance(error.__cause__, AtCapacity):
                 self.counts["refused"] += 1
-                raise Full(str(error.__cause__), error.__cause__.expected_wait) from error
+                raise Full(error.__cause__.reason, error.__cause__.expected_wait) from error
             self.counts["failed"] += 1
             _log.warning("a call could not begin: %s", error)
             raise

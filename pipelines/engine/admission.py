@@ -21,26 +21,29 @@ SMOOTHING = 0.1  # weight of the newest session in the mean session length
 
 
 class Admission:
-    """Counts sessions per lane and predicts the device's utilisation."""
+    """Counts sessions per lane and predicts the device's utilisation.
 
-    def __init__(self, measured: Mapping[Lane, LaneMetrics], limit: float = LIMIT) -> None:
+    apart: whether streams run at the same time, so that the busiest decides; else their shares add up.
+    """
+
+    def __init__(self, measured: Mapping[Lane, LaneMetrics], limit: float = LIMIT, *, apart: bool = True) -> None:
         if not limit > 0:
             raise ValueError(f"limit is {limit}; give the share of the device that sessions may use, such as 0.75")
-        self.limit = limit
+        self.limit, self._apart = limit, apart
         self.sessions: Counter[Lane] = Counter()
         self._measured = measured
         self._opened: dict[object, float] = {}
         self._mean_length: float | None = None
 
     def utilisation(self, extra: Lane | None = None, *, less: Lane | None = None) -> float:
-        """The share of the device, of its busiest stream where it has several, that the admitted sessions need, with
-        one more in ``extra``, one less in ``less``."""
+        """The share of the device, of its busiest stream where they run at the same time, that the admitted sessions
+        need, with one more in ``extra``, one less in ``less``."""
         shares: dict[str, float] = {}
         for lane in self._measured:
             sessions = self.sessions[lane] + (lane is extra) - (lane is less)
             if sessions:
                 shares[lane.stream] = shares.get(lane.stream, 0.0) + self._lane_share(lane, sessions)
-        return max(shares.values(), default=0.0)
+        return max(shares.values(), default=0.0) if self._apart else sum(shares.values())
 
     def check(self, lane: Lane, now: float) -> None:
         """Raise AtCapacity unless one more session fits."""

@@ -73,7 +73,7 @@ class Core:
         self.scheduler = Scheduler(policy, inbox=inbox)
         self.hosted: dict[str, Hosted] = {}
         self.measured: dict[Lane, LaneMetrics] = {}
-        self.admission = Admission(self.measured, limit)
+        self.admission = Admission(self.measured, limit, apart=device.type != "cpu" or cost is not None)
         names = ("admitted", "refused", "fenced", "discarded", "abandoned", "failed", "undelivered", "unanswered")
         self.counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._cost = cost
@@ -209,6 +209,19 @@ class Core:
         """Admit a session and take a slot."""
         hosted = self.find(name)
         return self._admit(engine, hosted, hosted.lane(variant), paced, None)
+
+    def open_together(self, engine: Engine, names: Sequence[str], paced: bool) -> list[Lease]:
+        """Admit a session to several models, or to none."""
+        leases: list[Lease] = []
+        try:
+            for name in names:
+                leases.append(self.open(engine, name, None, paced))
+        except AtCapacity:
+            for lease in leases:
+                self.release(lease)
+            self.counts["admitted"] -= len(leases)
+            raise
+        return leases
 
     def fork(self, engine: Engine, source: Lease) -> Lease:
         """Admit a second session with a copy of the state."""

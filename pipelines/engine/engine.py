@@ -134,6 +134,10 @@ class Engine:
         """
         return await self.ask(partial(self._core.open, self, name, variant, paced), joined=False)
 
+    async def open_together(self, names: Sequence[str], *, paced: bool = True) -> list[Lease]:
+        """``open`` for a session that needs a place in several models: all, or none. Raises AtCapacity."""
+        return await self.ask(partial(self._core.open_together, self, names, paced), joined=False)
+
     def open_sync(self, name: str, variant: Hashable = None, *, paced: bool = False) -> Lease:
         """``open``, blocking; for files unless ``paced``."""
         return self.ask_sync(partial(self._core.open, self, name, variant, paced))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -35,6 +35,10 @@ class Engines:
     async def open(self, name: str, variant: Hashable = None, *, paced: bool = True) -> Lease:
         """See ``Engine.open``."""
         return await self._having(name).open(name, variant, paced=paced)
+
+    async def open_together(self, names: Sequence[str], *, paced: bool = True) -> list[Lease]:
+        """See ``Engine``; of models that one engine has."""
+        return await self._having(names[0]).open_together(names, paced=paced)
 
     def open_sync(self, name: str, variant: Hashable = None, *, paced: bool = False) -> Lease:
         """See ``Engine.open_sync``."""

@@ -12,6 +12,7 @@ class EngineError(RuntimeError):
 class AtCapacity(EngineError):
     """No room for another session now.
 
+    reason: why, in words.
     utilisation: the share of the device that the admitted sessions would need with this one, from measured step times.
     expected_wait: seconds until a session is expected to leave.
     """
@@ -21,6 +22,7 @@ class AtCapacity(EngineError):
             f"at capacity: {reason} (utilisation {utilisation:.2f}); a place is expected in {expected_wait:.1f} s: "
             "retry then, or choose a longer chunk"
         )
+        self.reason = reason
         self.utilisation = utilisation
         self.expected_wait = expected_wait
 

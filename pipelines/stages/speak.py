@@ -60,7 +60,8 @@ class Speak(Stage):
         speech = Speech.of(ctx.engine, self.model)
         speech.reader.voice(self.voice)
         seed = secrets.randbits(61) if self.seed is None else self.seed
-        places = Places({part: await ctx.open(f"{self.model}.{part}") for part in PARTS})
+        leases = await ctx.open_together([f"{self.model}.{part}" for part in PARTS])
+        places = Places(dict(zip(PARTS, leases, strict=True)))
         at = 0  # media position of the next sound
         while ready := await select(control, text):
             chunk = ready.get_nowait()

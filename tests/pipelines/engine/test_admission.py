@@ -36,6 +36,18 @@ def test_utilisation_is_step_time_over_the_longest_tick() -> None:
         assert gate.utilisation() == pytest.approx(share), sessions
 
 
+@pytest.mark.parametrize(("apart", "share"), [(True, 0.5), (False, 0.6)])
+def test_streams_that_do_not_run_at_once_add_up(apart: bool, share: float) -> None:
+    lanes = [Lane(name, 1, 0.08, 0.08, (4,), stream=name) for name in ("slow", "quick")]
+    metrics = {lane: LaneMetrics(lane.buckets) for lane in lanes}
+    for lane, seconds in zip(lanes, (0.04, 0.008), strict=True):
+        metrics[lane].steps[4].add(seconds)
+    gate = Admission(metrics, apart=apart)
+    for lane in lanes:
+        gate.sessions[lane] = 1
+    assert gate.utilisation() == pytest.approx(share)
+
+
 def test_slices_count_with_their_number() -> None:
     lane = Lane("m", 1, 1.0, 0.25, (4, 8), slices=10)
     gate = admission(lane, lambda bucket: 0.002)
@@ -234,3 +246,20 @@ def test_metrics_may_be_read_while_the_engine_works() -> None:
             assert engine.metrics()["models"]["null"]["variants"]["only"]["rows"] == 400
 
     asyncio.run(main())
+
+
+def test_a_session_is_let_into_all_of_its_models_or_none() -> None:
+    async def main() -> None:
+        with Engine(inline=True, cost=lambda *_: 0.001) as engine:
+            for name, slots in (("many", 4), ("few", 2)):
+                engine.add(name, Toy(), slots=slots, variants=(1,))
+            held = [lease for _ in range(2) for lease in await engine.open_together(["many", "few"])]
+            assert [lease.model for lease in held] == ["many", "few"] * 2
+            for _ in range(3):  # refused, it leaves nothing behind
+                with pytest.raises(AtCapacity, match="all 2 slots of model 'few' are taken"):
+                    await engine.open_together(["many", "few"])
+            counts = engine.metrics()["counts"]
+            assert (counts["admitted"], counts["refused"]) == (4, 3)
+            assert len(await engine.open_together(["many", "many"])) == 2
+
+    run_virtual(main())
